@@ -1,0 +1,51 @@
+"""Fixtures shared by the tests: a small slide with known truth, and real data where it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tiledseg.slides import synthetic_slide
+
+Slide = tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint32]]
+
+
+@pytest.fixture(scope="session")
+def slide() -> Slide:
+    """Picture and truth of 700 x 610 px with touching nuclei of 24 px."""
+    return synthetic_slide((700, 610), diameter=24.0, seed=3)
+
+
+@pytest.fixture
+def data() -> Path:
+    """Folder of the real data sets."""
+    folder = os.environ.get("TILEDSEG_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("TILEDSEG_DATA does not name a folder")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def client() -> Any:
+    """A Dask client of two worker processes with one thread each."""
+    import logging
+
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client

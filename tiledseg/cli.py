@@ -1,0 +1,309 @@
+"""The command line: a thin skin over the Python functions, generated from the settings."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import Settings
+from .errors import TiledsegError
+
+__all__ = ["main"]
+
+MISUSED = 2
+DIFFERENT = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 if compared labels differ, 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="tiledseg: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("tiledseg").setLevel(logging.INFO)
+    try:
+        code: int = options.command(options)
+    except TiledsegError as error:
+        if options.debug:
+            raise
+        print(f"tiledseg: {error}", file=sys.stderr)
+        return MISUSED
+    except KeyboardInterrupt:
+        print("tiledseg: interrupted; the same command again continues.", file=sys.stderr)
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tiledseg", description="Segment images that do not fit.")
+    parser.set_defaults(debug=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    segment = _add(commands, "segment", _segment, "label every cell of an image")
+    segment.add_argument("image", metavar="IMAGE", help="OME-Zarr, Zarr or TIFF")
+    segment.add_argument("-o", "--output", metavar="OUT", help="OME-Zarr for the labels (default: the image itself)")
+    _add_settings(segment, Settings)
+    segment.add_argument("--workers", type=int, metavar="N", help="processes on this machine")
+    segment.add_argument("--scheduler", metavar="ADDRESS|FILE", help="a running Dask scheduler")
+    segment.add_argument("--scratch", metavar="DIR", help="folder for what is in between (default: beside the labels)")
+    segment.add_argument("--restart", action="store_true", help="discard what an earlier run left, and its labels")
+    segment.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    segment.add_argument("--axes", metavar="AXES", help="axes of an array that does not say them, e.g. cyx")
+
+    info = _add(commands, "info", _info, "show axes, shape, levels and what segment would do")
+    info.add_argument("image", metavar="IMAGE")
+    info.add_argument("--axes", metavar="AXES", help="axes of an array that does not say them")
+
+    diameter = _add(commands, "diameter", _diameter, "estimate the diameter of the cells, and nothing else")
+    diameter.add_argument("image", metavar="IMAGE")
+    diameter.add_argument("--axes", metavar="AXES", help="axes of an array that does not say them")
+    _add_settings(diameter, Settings, only={"channel", "model", "device", "foreground", "missing_chunks"})
+
+    compare = _add(commands, "compare", _compare, "score labels against others")
+    compare.add_argument("predicted", metavar="PREDICTED", help="labels: OME-Zarr, Zarr or TIFF")
+    compare.add_argument("truth", metavar="TRUTH", help="labels to compare with")
+    compare.add_argument("--seams", type=int, metavar="BLOCK", help="score objects that cross an edge of such blocks apart")
+    compare.add_argument("--exact", action="store_true", help="only say whether they are bit-identical")
+
+    demo = _add(commands, "demo", _demo, "segment a real and a synthetic image, and score it")
+    demo.add_argument("-o", "--output", metavar="DIR", default="tiledseg-demo", help="folder for the results")
+    return parser
+
+
+def _add(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
+    """A subcommand with the options all have."""
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(command=function)
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return command
+
+
+def _add_settings(command: argparse.ArgumentParser, settings: type, only: set[str] | None = None) -> None:
+    """One option per field of the stages' settings."""
+    for stage in dataclasses.fields(settings):
+        group = command.add_argument_group(stage.name)
+        for field in dataclasses.fields(type(stage.default)):  # type: ignore[arg-type]
+            if only is not None and field.name not in only:
+                continue
+            flag = f"--{field.name.replace('_', '-')}"
+            facts = field.metadata
+            if isinstance(field.default, bool):
+                action = argparse.BooleanOptionalAction
+                group.add_argument(flag, action=action, default=argparse.SUPPRESS, help=facts["help"])
+                continue
+            kind = type(field.default) if isinstance(field.default, int | float) else str
+            text = facts["help"].replace("%", "%%")
+            if field.default is not None and "default" not in text:
+                text += f" (default: {field.default})"
+            group.add_argument(
+                flag,
+                type=kind,
+                default=argparse.SUPPRESS,
+                metavar=facts["metavar"],
+                choices=facts["choices"] or None,
+                help=text,
+            )
+
+
+def _settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings given on the command line."""
+    names = Settings().flat()
+    return {name: value for name, value in vars(options).items() if name in names}
+
+
+class _Bars:
+    """A progress bar per stage, with rate and remaining time."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if stage != self._stage:
+            self.close()
+            self._stage = stage
+            self._bar = tqdm(total=total, initial=done, desc=f"{stage:>8}", unit=" pieces", file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """End the bar that is shown."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _segment(options: argparse.Namespace) -> int:
+    from .pipeline import preview, segment
+
+    where = {"output": options.output, "scratch": options.scratch, "axes": options.axes}
+    if options.dry_run:
+        return _show(preview(options.image, **where, **_settings_of(options)), options.json, _plan_text)
+    bars = _Bars()
+    try:
+        result = segment(
+            options.image,
+            **where,
+            scheduler=options.scheduler,
+            workers=options.workers,
+            restart=options.restart,
+            progress=bars,
+            **_settings_of(options),
+        )
+    finally:
+        bars.close()
+    facts = {"labels": str(result.path), "table": str(result.table_path), **result.report.as_dict()}
+    return _show(facts, options.json, _summary_text)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from .errors import OutputError
+    from .images import open_image
+    from .pipeline import preview
+
+    try:
+        facts = preview(options.image, axes=options.axes)
+    except OutputError:
+        # Nowhere to put labels without -o: still say what the image is.
+        facts = {"image": open_image(options.image, axes=options.axes).describe()}
+    return _show(facts, options.json, _plan_text)
+
+
+def _diameter(options: argparse.Namespace) -> int:
+    from .pipeline import estimate_diameter
+
+    bars = _Bars()
+    try:
+        found = estimate_diameter(options.image, axes=options.axes, progress=bars, **_settings_of(options))
+    finally:
+        bars.close()
+    return _show(dataclasses.asdict(found), options.json, lambda facts: [_diameter_text(facts)])
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .omezarr import open_labels
+    from .scoring import compare, exact_difference
+
+    predicted, truth = open_labels(options.predicted), open_labels(options.truth)
+    if options.exact:
+        n_different = exact_difference(predicted, truth)
+        facts = {"exact": n_different == 0, "n_different": n_different}
+        _show(facts, options.json, lambda f: ["bit-identical" if f["exact"] else f"{f['n_different']} pixels differ"])
+        return 0 if n_different == 0 else DIFFERENT
+    found = compare(predicted, truth, block=options.seams)
+    return _show(found.as_dict(), options.json, _comparison_text)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    bars = _Bars()
+    try:
+        facts = run_demo(Path(options.output), progress=bars, say=None if options.json else bars_print(bars))
+    finally:
+        bars.close()
+    return _show(facts, options.json, lambda _: [])
+
+
+def bars_print(bars: _Bars) -> Any:
+    """A print that ends the running bar first."""
+
+    def say(line: str) -> None:
+        bars.close()
+        print(line, flush=True)
+
+    return say
+
+
+def _show(facts: dict[str, Any], as_json: bool, text: Any) -> int:
+    """Print facts as JSON or as lines of text."""
+    if as_json:
+        print(json.dumps(facts, indent=1, default=str))
+    else:
+        for line in text(facts):
+            print(line)
+    return 0
+
+
+def _diameter_text(found: dict[str, Any]) -> str:
+    low, high = found["quartiles"]
+    if found["source"] == "given":
+        return f"{found['value']:.2f} px, as given"
+    if found["source"] == "default":
+        return f"{found['value']:.2f} px, a guess: too few objects were found"
+    return (
+        f"{found['value']:.2f} px (quartiles {low:.1f} and {high:.1f}, {found['n_objects']} objects in "
+        f"{found['n_windows']} windows)"
+    )
+
+
+def _summary_text(facts: dict[str, Any]) -> list[str]:
+    """The closing summary of `segment`."""
+    lines = [
+        f"objects      {facts['n_objects']:,}",
+        f"diameter     {_diameter_text(facts['diameter'])}",
+        f"blocks       {facts['n_blocks']}, of which {facts['n_skipped_blocks']} skipped as empty",
+        f"tiles        {facts['n_tiles']} computed, {facts['n_skipped_tiles']} skipped as empty",
+        f"seams        {facts['n_exact_pairs']} of {facts['n_pairs']} objects seen by two blocks are the same pixels in both",
+        f"cut by halo  {facts['n_cut_by_halo']} objects"
+        + ("; a larger --halo sees them whole" if facts["n_cut_by_halo"] else ""),
+    ]
+    if facts["n_nonfinite"]:
+        lines.append(f"not finite   {facts['n_nonfinite']} pixels are NaN or infinite and were taken as background")
+    kept = {stage: n for stage, n in facts["kept"].items() if n}
+    if kept:
+        lines.append("resumed      " + ", ".join(f"{stage} {n} pieces kept" for stage, n in kept.items()))
+    lines += [
+        "seconds      " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in facts["seconds"].items()),
+        f"peak memory  {facts['peak_memory'] / 2**30:.2f} GiB over all processes",
+        f"worked on    {facts['device']}, {facts['workers']}",
+        f"labels       {facts['labels']}",
+        f"table        {facts['table']}",
+        f"scratch      {facts['scratch']} (kept, so that mask settings can be changed; delete it when done)",
+    ]
+    return lines
+
+
+def _plan_text(facts: dict[str, Any]) -> list[str]:
+    """What an image is and what would be done with it."""
+    image = facts["image"]
+    lines = [
+        f"image        {image['name']}",
+        f"axes         {image['axes']}, shape {tuple(image['shape'])}, {image['dtype']}",
+        f"channels     {', '.join(image['channels'])}",
+        "pixel size   "
+        + (" x ".join(f"{s:g}" for s in image["spacing_um"]) + " µm" if image["spacing_um"] else "unknown"),
+    ]
+    lines += [
+        f"level {i}      shape {tuple(level['shape'])}, chunks {tuple(level['chunks'])}, {level['path'] or '.'}"
+        for i, level in enumerate(image["levels"])
+    ]
+    names = ("channel", "n_blocks", "diameter", "halo", "n_tiles", "working_shape", "labels", "table", "scratch")
+    lines += [f"{name:<12} {facts[name]}" for name in names if facts.get(name) is not None]
+    if facts.get("labels") is None:
+        lines.append("labels       need a place of their own: give segment -o OUT.ome.zarr")
+    return lines
+
+
+def _comparison_text(facts: dict[str, Any]) -> list[str]:
+    """A table of average precisions."""
+    lines = [f"objects      {facts['overall']['n_predicted']} predicted, {facts['overall']['n_truth']} true"]
+    for name in ("overall", "at_seams", "elsewhere"):
+        score = facts[name]
+        if score is not None:
+            values = "  ".join(f"AP@{t:g} {ap:.3f}" for t, ap in zip(score["thresholds"], score["ap"], strict=True))
+            lines.append(f"{name:<12} {values}  ({score['n_truth']} true objects)")
+    if facts["n_cut"] is not None:
+        lines.append(f"cut          {facts['n_cut']} true objects are cut at a block edge")
+    lines.append("exact        " + ("bit-identical" if facts["exact"] else f"{facts['n_different']} pixels differ"))
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

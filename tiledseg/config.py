@@ -1,0 +1,230 @@
+"""Settings: one frozen dataclass per stage, the single source for command line and Python.
+
+Each field carries its help text and checks itself on construction, so a value that reaches a stage
+is a valid one. The command line is generated from these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import SettingsError
+
+__all__ = [
+    "FlowsConfig",
+    "MasksConfig",
+    "PublishConfig",
+    "Settings",
+    "SurveyConfig",
+    "digest",
+]
+
+
+def _option(default: Any, help_text: str, metavar: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with what the command line shows of it."""
+    return dataclasses.field(
+        default=default, metadata={"help": help_text, "metavar": metavar, "choices": choices}
+    )
+
+
+def _number(name: str, value: object, low: float, high: float, integer: bool = False) -> float:
+    """`value` as a finite number in [low, high]; a SettingsError that names the setting otherwise."""
+    kind = "a whole number" if integer else "a number"
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or isinstance(value, bool) or (integer and number != int(number)):
+        raise SettingsError(f"{name} must be {kind}, not {value!r}.")
+    if not low <= number <= high:
+        limit = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise SettingsError(f"{name} must be {limit}, not {value!r}.")
+    return number
+
+
+def _whole(name: str, value: object, low: float, high: float = math.inf) -> int:
+    return int(_number(name, value, low, high, integer=True))
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SettingsError(f"{name} must be {' or '.join(choices)}, not {value!r}.")
+
+
+@dataclass(frozen=True)
+class SurveyConfig:
+    """What the whole image is asked before any cell is sought."""
+
+    channel: str | int | None = _option(None, "channel to segment, by name or index from 0 (default: the first)", "C")
+    diameter: str | float = _option(
+        "auto",
+        "diameter of the cells: 'auto' estimates one for the whole image, a number is pixels of the "
+        "full-size image, '12um' is micrometres",
+        "auto|PX|12um",
+    )
+    foreground: str = _option(
+        "auto", "'auto' skips tiles and blocks in which nothing rises above the noise, 'off' skips none",
+        choices=("auto", "off"),
+    )
+    missing_chunks: str = _option(
+        "refuse",
+        "what to do where the image lacks chunks: 'refuse' stops and names one, 'fill' reads them as the "
+        "fill value, for images written without their empty chunks",
+        choices=("refuse", "fill"),
+    )
+
+    def __post_init__(self) -> None:
+        self.diameter_given()
+        _one_of("foreground", self.foreground, ("auto", "off"))
+        _one_of("missing_chunks", self.missing_chunks, ("refuse", "fill"))
+
+    def diameter_given(self) -> tuple[float, str] | None:
+        """The diameter and its unit, ``"px"`` or ``"um"``; None if it is to be estimated."""
+        text = str(self.diameter).strip()
+        if text == "auto":
+            return None
+        match = re.fullmatch(r"(.*?)\s*(px|um|µm|μm)?", text)
+        value, unit = (match.group(1), match.group(2) or "px") if match else (text, "px")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and number > 0):
+            raise SettingsError(
+                f"diameter must be 'auto', a positive number of pixels, or micrometres like '12um', not {text!r}."
+            )
+        return number, "px" if unit == "px" else "um"
+
+    def diameter_px(self, spacing_um: tuple[float, ...] | None) -> float | None:
+        """The given diameter in pixels of level 0, None if it is to be estimated.
+
+        Raises
+        ------
+        SettingsError
+            If it is given in micrometres and the image does not say its pixel size.
+        """
+        given = self.diameter_given()
+        if given is None or given[1] == "px":
+            return given and given[0]
+        if spacing_um is None:
+            raise SettingsError(
+                f"diameter {self.diameter} is in micrometres but the image does not say its pixel size; "
+                "give the diameter in pixels."
+            )
+        return given[0] / spacing_um[-1]
+
+
+@dataclass(frozen=True)
+class FlowsConfig:
+    """How the network is run."""
+
+    model: str = _option("tiledseg-nuclei", "model name or file", "M")
+    device: str = _option(
+        "auto", "'auto' takes a GPU if there is one; 'cuda' insists on it", choices=("auto", "cpu", "cuda")
+    )
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class MasksConfig:
+    """How flows become labels. May change between runs: only masks and what follows are redone."""
+
+    block: int = _option(2048, "side of the blocks in pixels; the labels do not depend on it", "PX")
+    halo: str | int = _option(
+        "auto",
+        "pixels read around a block: 'auto' is two diameters, and more where a cell reaches the edge",
+        "auto|PX",
+    )
+    flow_threshold: float = _option(
+        0.4, "largest disagreement between an object's shape and the network's flow; 0 keeps all objects", "X"
+    )
+    cellprob_threshold: float = _option(0.0, "cell logit above which a pixel may be part of a cell", "X")
+    min_size: int = _option(15, "smallest object in pixels of the full-size image", "PX")
+    niter: str | int = _option(
+        "auto", "steps a pixel may take along the flow: 'auto' is 200 in units of the network's grid", "auto|N"
+    )
+    resample: bool = _option(
+        True, "follow the flows at full size (smooth outlines) or on the network's grid (faster if cells are large)"
+    )
+
+    def __post_init__(self) -> None:
+        _whole("block", self.block, 16)
+        if self.halo != "auto":
+            object.__setattr__(self, "halo", _whole("halo", self.halo, 0))
+            if int(self.halo) > self.block:
+                raise SettingsError(
+                    f"block {self.block} is smaller than the halo {self.halo}; give a block of at least "
+                    f"{self.halo} (--block {self.halo}) or a smaller halo."
+                )
+        _number("flow_threshold", self.flow_threshold, 0, math.inf)
+        _number("cellprob_threshold", self.cellprob_threshold, -7, 100)
+        _whole("min_size", self.min_size, 0)
+        if self.niter != "auto":
+            object.__setattr__(self, "niter", _whole("niter", self.niter, 1, 1_000_000))
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    """What is written."""
+
+    name: str = _option("cells", "name of the label image", "NAME")
+    ome_zarr: str | None = _option(
+        None, "version of OME-Zarr to write (default: that of the image, else 0.5)", choices=("0.4", "0.5")
+    )
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", str(self.name)):
+            raise SettingsError(
+                f"label name {self.name!r} must consist of letters, digits, '.', '_' and '-', and not start with '.'."
+            )
+        if self.ome_zarr is not None:
+            _one_of("ome_zarr", self.ome_zarr, ("0.4", "0.5"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run that can change its result."""
+
+    survey: SurveyConfig = SurveyConfig()
+    flows: FlowsConfig = FlowsConfig()
+    masks: MasksConfig = MasksConfig()
+    publish: PublishConfig = PublishConfig()
+
+    @classmethod
+    def of(cls, **values: Any) -> Settings:
+        """Settings from flat keywords; those not given keep their default.
+
+        Raises
+        ------
+        SettingsError
+            If a keyword is unknown or a value is out of range.
+        """
+        stages = {f.name: type(f.default) for f in dataclasses.fields(cls)}
+        home = {f.name: stage for stage, kind in stages.items() for f in dataclasses.fields(kind)}
+        parts: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
+        for name, value in values.items():
+            if name not in home:
+                near = difflib.get_close_matches(name, home, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(home))}."
+                raise SettingsError(f"unknown setting {name!r}; {hint}")
+            parts[home[name]][name] = value
+        return cls(**{stage: kind(**parts[stage]) for stage, kind in stages.items()})
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by name."""
+        return {k: v for f in dataclasses.fields(self) for k, v in dataclasses.asdict(getattr(self, f.name)).items()}
+
+
+def digest(*values: object) -> str:
+    """Short hash of JSON-able values, for names of things that depend on them."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,106 @@
+"""Stage 2: the network, every tile once.
+
+Reads
+    The image on the working grid, the survey.
+Writes
+    ``flows.zarr``: per chunk of the lattice the weighted sum of its tiles, in float16: flow along
+    each axis, then the cell logit above its floor. 0 means "nothing here", so a chunk in which
+    nothing was computed need not be stored.
+Parallel over
+    Chunks of the lattice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .cluster import Executor, peak_memory
+from .grid import Index, Lattice
+from .job import CELLPROB_FLOOR, Job
+from .networks.runner import load_network
+from .progress import Progress
+from .store import disk_errors
+from .working import read_tile
+
+__all__ = ["compute_chunk", "process_block", "run"]
+
+FloatArray = npt.NDArray[np.float32]
+
+
+def process_block(outputs: dict[Index, FloatArray], lattice: Lattice, chunk: Index) -> npt.NDArray[np.float16]:
+    """Blend the network's output on the tiles of one chunk.
+
+    Parameters
+    ----------
+    outputs : dict of tile index to array of float32, shape (ndim + 1, b, b)
+        Unit flow per axis and cell logit; tiles left out count as background.
+    lattice : Lattice
+        The lattice the tiles belong to.
+    chunk : tuple of int
+        Index of the chunk.
+
+    Returns
+    -------
+    piece : array of float16, shape (ndim + 1, *lattice.piece_shape)
+        The chunk's share of the blend.
+    """
+    n = len(chunk) + 1
+    piece = np.zeros((n, *lattice.piece_shape), np.float32)
+    origin = tuple(p.start for p in lattice.piece_region(chunk))
+    for tile in sorted(outputs):
+        output = outputs[tile].copy()
+        output[-1] = np.maximum(output[-1], CELLPROB_FLOOR) - CELLPROB_FLOOR
+        for axis, weights in enumerate(lattice.weights(tile)):
+            output *= weights.reshape((-1,) + (1,) * (len(chunk) - 1 - axis))
+        where = tuple(slice(p.start - o, p.stop - o) for p, o in zip(lattice.tile_region(tile), origin, strict=True))
+        piece[(slice(None), *where)] += output
+    return piece.astype(np.float16)
+
+
+def compute_chunk(number: int, job: Job) -> dict[str, Any]:
+    """Task: run the network on the tiles of one chunk and store the piece."""
+    lattice, working = job.lattice, job.working
+    chunk = tuple(int(i) for i in np.unravel_index(number, lattice.chunk_counts))
+    tiles = lattice.tiles_of(chunk)
+    wanted = [
+        tile for tile in tiles if job.may_hold_cells(working.region_in_image(lattice.tile_region(tile)))
+    ]
+    if wanted:
+        network = load_network(job.model, job.device)
+        outputs: dict[Index, FloatArray] = {}
+        for start in range(0, len(wanted), network.batch):
+            batch = wanted[start : start + network.batch]
+            inputs = np.zeros((len(batch), job.model.n_channels, lattice.tile, lattice.tile), np.float32)
+            for i, tile in enumerate(batch):
+                inputs[i, 0] = read_tile(
+                    job.image, job.channel, working, lattice.tile_region(tile), job.found.percentiles
+                )
+            predicted, _ = network.predict(inputs)
+            outputs.update(zip(batch, predicted, strict=True))
+        with disk_errors("flows.zarr of the scratch folder"):
+            job.store.open("flows.zarr")[chunk] = process_block(outputs, lattice, chunk)
+    return {"n_tiles": len(wanted), "n_skipped": len(tiles) - len(wanted), "peak": peak_memory()}
+
+
+def run(job: Job, executor: Executor, progress: Progress) -> dict[str, int]:
+    """Compute the chunks that are missing; returns how many tiles were computed and skipped now."""
+    lattice = job.lattice
+    n = len(job.shape) + 1
+    ones = (1,) * len(lattice.chunk_counts)
+    job.store.create(
+        "flows.zarr", (*lattice.chunk_counts, n, *lattice.piece_shape), (*ones, n, *lattice.piece_shape), "float16"
+    )
+    n_chunks = math.prod(lattice.chunk_counts)
+    done = job.store.done("flows")
+    progress.start("flows", n_chunks, len(done))
+    totals = {"n_tiles": 0, "n_skipped": 0}
+    todo = (number for number in range(n_chunks) if number not in done)
+    for number, record in executor.stream(compute_chunk, todo, job):
+        job.store.mark("flows", [number])
+        totals = {key: totals[key] + record[key] for key in totals}
+        progress.step(record["peak"])
+    return totals

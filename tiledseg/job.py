@@ -1,0 +1,177 @@
+"""What every stage is given, and what the survey found: small, picklable, the same in every task."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import Settings
+from .grid import BlockGrid, Index, Lattice, Region, WorkingGrid
+from .images import Image
+from .networks.models import Model
+from .omezarr import LabelsPlan
+from .store import Store
+from .working import plane_shape
+
+__all__ = ["Diameter", "Job", "Surveyed"]
+
+CELLPROB_FLOOR = -8.0
+"""The cell logit where the network was not asked; lower ones are raised to it."""
+
+HALO_DIAMETERS = 2.0
+
+
+@dataclass(frozen=True)
+class Diameter:
+    """The one diameter of the whole image, in pixels of level 0.
+
+    Attributes
+    ----------
+    value : float
+        Used for the working grid.
+    source : str
+        ``"given"``, ``"estimated"``, or ``"default"`` where nothing was found to estimate it from.
+    quartiles : (float, float)
+        Of the objects found; the value twice if it was given.
+    n_objects, n_windows : int
+        What the estimate rests on.
+    """
+
+    value: float
+    source: str
+    quartiles: tuple[float, float]
+    n_objects: int = 0
+    n_windows: int = 0
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """What the survey found.
+
+    Attributes
+    ----------
+    percentiles : (float, float)
+        Values that become 0 and 1 for the network.
+    is_constant : bool
+        All pixels are equal: there is nothing to find.
+    n_nonfinite : int
+        Pixels that are NaN or infinite, taken as background.
+    foreground_cell : tuple of float
+        Size in pixels of level 0 of what one element of the foreground map covers; empty if none
+        was made.
+    foreground_fraction : float
+        Share of the map that may hold cells.
+    diameter : Diameter
+    """
+
+    percentiles: tuple[float, float]
+    is_constant: bool
+    n_nonfinite: int
+    foreground_cell: tuple[float, ...]
+    foreground_fraction: float
+    diameter: Diameter
+
+    def to_json(self) -> dict[str, Any]:
+        """As a document."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Surveyed:
+        """From a document."""
+        diameter = dict(document["diameter"], quartiles=tuple(document["diameter"]["quartiles"]))
+        tuples = {key: tuple(document[key]) for key in ("percentiles", "foreground_cell")}
+        return cls(**{**document, **tuples, "diameter": Diameter(**diameter)})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as tasks see it.
+
+    Attributes
+    ----------
+    image : Image
+    channel : int
+        The channel to segment.
+    settings : Settings
+    model : Model
+    device : str
+        ``"cpu"`` or ``"cuda"``, the same for all tasks.
+    store : Store
+        The scratch.
+    labels : str
+        Folder of the scratch for what depends on the mask settings.
+    plan : LabelsPlan or None
+        Where labels are published; None keeps them in memory.
+    table : Path or None
+        Where the object table goes.
+    surveyed : Surveyed or None
+        None until the survey is done.
+    """
+
+    image: Image
+    channel: int
+    settings: Settings
+    model: Model
+    device: str
+    store: Store
+    labels: str = ""
+    plan: LabelsPlan | None = None
+    table: Path | None = None
+    surveyed: Surveyed | None = None
+
+    @property
+    def shape(self) -> Index:
+        """Shape of level 0 along the axes cells extend along."""
+        return plane_shape(self.image)
+
+    @property
+    def found(self) -> Surveyed:
+        """The survey's result; a stage that needs it runs after the survey."""
+        if self.surveyed is None:
+            raise RuntimeError("the survey has not run")
+        return self.surveyed
+
+    @property
+    def working(self) -> WorkingGrid:
+        """The working grid."""
+        return WorkingGrid.for_diameter(self.shape, self.found.diameter.value, self.model.diam_mean)
+
+    @property
+    def lattice(self) -> Lattice:
+        """The network's tiles."""
+        return Lattice(self.working.shape, self.model.tile, self.model.stride)
+
+    @property
+    def halo(self) -> int:
+        """Pixels read around a block."""
+        halo = self.settings.masks.halo
+        return math.ceil(HALO_DIAMETERS * self.found.diameter.value) if halo == "auto" else int(halo)
+
+    @property
+    def blocks(self) -> BlockGrid:
+        """The blocks of the mask stage."""
+        n = len(self.shape)
+        return BlockGrid(self.shape, (self.settings.masks.block,) * n, (self.halo,) * n)
+
+    @property
+    def niter(self) -> int:
+        """Steps a pixel may take along the flow."""
+        masks = self.settings.masks
+        if masks.niter != "auto":
+            return int(masks.niter)
+        return max(1, round(200 / min(self.working.scale))) if masks.resample else 200
+
+    def may_hold_cells(self, region: Region) -> bool:
+        """Whether the survey saw anything in a region of level 0, given in its pixels."""
+        found = self.found
+        if found.is_constant:
+            return False
+        if not found.foreground_cell:
+            return True
+        parts = tuple(
+            slice(int(p.start / c), math.ceil(p.stop / c)) for p, c in zip(region, found.foreground_cell, strict=True)
+        )
+        return bool(self.store.open("survey.zarr/foreground")[parts].any())

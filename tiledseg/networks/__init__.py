@@ -1,0 +1,4 @@
+"""Networks: classes, weights and the registry of models.
+
+`models` finds a model and describes it without importing torch; `runner` runs one.
+"""

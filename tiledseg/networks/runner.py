@@ -1,0 +1,135 @@
+"""Running a network: load once per process, one fixed batch shape, the same bits every time.
+
+On a CPU the batch is one tile and torch uses one thread per call: another batch size or thread
+count changes last bits, and one thread per tile with several tiles at once is also the fastest.
+Tiles run in parallel because tasks do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..errors import ModelError
+from .models import Model
+from .unet import ResidualUNet
+
+__all__ = ["Network", "load_network", "read_state"]
+
+Tiles = npt.NDArray[np.float32]
+
+BATCH = {"cpu": 1, "cuda": 8}
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state dict of a residual U-Net, as float32.
+
+    Raises
+    ------
+    ModelError
+        If the file is not a state dict of tensors with the keys of Cellpose 1-3.
+    """
+    import pickle
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model file {path} cannot be read as weights; give a Cellpose 1-3 model file.") from error
+    needed = {"diam_mean", "output.2.weight", "downsample.down.res_down_0.conv.conv_0.2.weight"}
+    if not isinstance(state, dict) or not needed <= state.keys():
+        raise ModelError(f"model file {path} is not a residual U-Net in the layout of Cellpose 1-3.")
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def _widths(state: dict[str, Any]) -> tuple[int, ...]:
+    """Channels of the input and of each depth, read off the weights."""
+    first = "downsample.down.res_down_0.conv.conv_0.2.weight"
+    widths = [int(state[first].shape[1])]
+    while (key := f"downsample.down.res_down_{len(widths) - 1}.conv.conv_0.2.weight") in state:
+        widths.append(int(state[key].shape[0]))
+    return tuple(widths)
+
+
+class Network:
+    """A network on one device.
+
+    Parameters
+    ----------
+    model : Model
+        Which.
+    device : str
+        ``"cpu"`` or ``"cuda"``.
+    """
+
+    def __init__(self, model: Model, device: str) -> None:
+        state = read_state(model.path)
+        self._net = ResidualUNet(_widths(state), n_out=int(state["output.2.weight"].shape[0]))
+        try:
+            self._net.load_state_dict(state)
+        except RuntimeError as error:
+            raise ModelError(f"model file {model.path} lacks layers of the residual U-Net of Cellpose 1-3.") from error
+        self._net = self._net.eval().to(device, memory_format=torch.channels_last)
+        self._device = device
+        self.batch = BATCH[device]
+        # One forward pass at a time on a GPU: tasks overlap by reading while another computes.
+        self._lock: contextlib.AbstractContextManager[Any] = (
+            threading.Lock() if device == "cuda" else contextlib.nullcontext()
+        )
+
+    def predict(self, tiles: Tiles) -> tuple[Tiles, Tiles]:
+        """Run the network on any number of tiles, in batches of one fixed shape.
+
+        Parameters
+        ----------
+        tiles : array of float32, shape (n, channels, b, b)
+            Normalised tiles.
+
+        Returns
+        -------
+        output : array of float32, shape (n, 3, b, b)
+            Flow along y and x in unit length, and the cell logit.
+        styles : array of float32, shape (n, n_style)
+            Style vectors of unit length.
+        """
+        outputs, styles = [], []
+        for batch, n in self._batches(tiles):
+            if self._device == "cpu" and torch.get_num_threads() != 1:
+                torch.set_num_threads(1)
+            with self._lock, torch.inference_mode():
+                output, style = self._net(batch.to(self._device, memory_format=torch.channels_last))
+            outputs.append(output[:n].float().cpu().numpy())
+            styles.append(style[:n].float().cpu().numpy())
+        result = np.concatenate(outputs)
+        result[:, :-1] /= 5.0  # the networks are trained on five times the unit flow
+        return result, np.concatenate(styles)
+
+    def _batches(self, tiles: Tiles) -> Iterator[tuple[torch.Tensor, int]]:
+        """Batches of the fixed size, the last filled up with zeros, and how many tiles are real."""
+        for start in range(0, len(tiles), self.batch):
+            batch = tiles[start : start + self.batch]
+            n = len(batch)
+            if n < self.batch:
+                batch = np.concatenate([batch, np.zeros((self.batch - n, *batch.shape[1:]), np.float32)])
+            yield torch.from_numpy(np.ascontiguousarray(batch)), n
+
+
+_loading = threading.Lock()
+
+
+def load_network(model: Model, device: str) -> Network:
+    """The network of a model, loaded once per process."""
+    with _loading:
+        return _load(model, device)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(model: Model, device: str) -> Network:
+    return Network(model, device)

@@ -1,0 +1,159 @@
+"""The residual U-Net with style vector, in the layout of layers and keys of Cellpose 1-3.
+
+A file trained by Cellpose 1, 2 or 3 loads into :class:`ResidualUNet` as it is, and a full-width
+file written from it loads there. The module names (``downsample.down.res_down_0.conv.conv_0``...)
+are therefore fixed by those files, not by taste.
+
+References
+----------
+Stringer et al. (2021), "Cellpose: a generalist algorithm for cellular segmentation",
+Nature Methods 18, 100-106.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ResidualUNet"]
+
+
+def _norm_relu_conv(n_in: int, n_out: int, size: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.BatchNorm2d(n_in, eps=1e-5, momentum=0.05),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(n_in, n_out, size, padding=size // 2),
+    )
+
+
+def _norm_conv(n_in: int, n_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm2d(n_in, eps=1e-5, momentum=0.05), nn.Conv2d(n_in, n_out, 1))
+
+
+class _DownBlock(nn.Module):
+    """Two residual pairs of convolutions."""
+
+    def __init__(self, n_in: int, n_out: int, size: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential()
+        for i in range(4):
+            self.conv.add_module(f"conv_{i}", _norm_relu_conv(n_in if i == 0 else n_out, n_out, size))
+        self.proj = _norm_conv(n_in, n_out)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = self.proj(features) + self.conv[1](self.conv[0](features))
+        out: Tensor = features + self.conv[3](self.conv[2](features))
+        return out
+
+
+class _Downsample(nn.Module):
+    """The contracting path; returns the features of every depth."""
+
+    def __init__(self, widths: tuple[int, ...], size: int) -> None:
+        super().__init__()
+        self.down = nn.Sequential()
+        for i in range(len(widths) - 1):
+            self.down.add_module(f"res_down_{i}", _DownBlock(widths[i], widths[i + 1], size))
+        self.maxpool = nn.MaxPool2d(2, 2)
+
+    def forward(self, tiles: Tensor) -> list[Tensor]:
+        features: list[Tensor] = []
+        for i, block in enumerate(self.down):
+            features.append(block(tiles if i == 0 else self.maxpool(features[-1])))
+        return features
+
+
+class _StyleConv(nn.Module):
+    """A convolution whose input is shifted by a linear map of the style vector."""
+
+    def __init__(self, n_in: int, n_out: int, n_style: int, size: int) -> None:
+        super().__init__()
+        self.conv = _norm_relu_conv(n_in, n_out, size)
+        self.full = nn.Linear(n_style, n_out)
+
+    def forward(self, style: Tensor, features: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            features = features + skip
+        out: Tensor = self.conv(features + self.full(style)[:, :, None, None])
+        return out
+
+
+class _UpBlock(nn.Module):
+    """Two residual pairs of convolutions, three of the four shifted by the style vector."""
+
+    def __init__(self, n_in: int, n_out: int, n_style: int, size: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential()
+        self.conv.add_module("conv_0", _norm_relu_conv(n_in, n_out, size))
+        for i in range(1, 4):
+            self.conv.add_module(f"conv_{i}", _StyleConv(n_out, n_out, n_style, size))
+        self.proj = _norm_conv(n_in, n_out)
+
+    def forward(self, features: Tensor, skip: Tensor, style: Tensor) -> Tensor:
+        conv = self.conv
+        features = self.proj(features) + conv[1](style, conv[0](features), skip)
+        out: Tensor = features + conv[3](style, conv[2](style, features))
+        return out
+
+
+class _Upsample(nn.Module):
+    """The expanding path."""
+
+    def __init__(self, widths: tuple[int, ...], size: int) -> None:
+        super().__init__()
+        self.upsampling = nn.Upsample(scale_factor=2, mode="nearest")
+        self.up = nn.Sequential()
+        for i in range(1, len(widths)):
+            self.up.add_module(f"res_up_{i - 1}", _UpBlock(widths[i], widths[i - 1], widths[-1], size))
+
+    def forward(self, style: Tensor, features: list[Tensor]) -> Tensor:
+        out: Tensor = self.up[-1](features[-1], features[-1], style)
+        for i in range(len(self.up) - 2, -1, -1):
+            out = self.up[i](self.upsampling(out), features[i], style)
+        return out
+
+
+class ResidualUNet(nn.Module):
+    """Residual U-Net with style vector.
+
+    Parameters
+    ----------
+    widths : tuple of int
+        Channels of the input and of each depth, ``(2, 32, 64, 128, 256)`` in Cellpose 1-3.
+    diam_mean : float
+        Diameter in pixels of the cells the network wants to see.
+    n_out : int
+        Output channels: flow per axis, then the cell logit.
+    """
+
+    def __init__(
+        self, widths: tuple[int, ...] = (2, 32, 64, 128, 256), diam_mean: float = 30.0, n_out: int = 3
+    ) -> None:
+        super().__init__()
+        self.widths = widths
+        self.downsample = _Downsample(widths, 3)
+        self.upsample = _Upsample((*widths[1:], widths[-1]), 3)
+        self.output = _norm_relu_conv(widths[1], n_out, 1)
+        self.diam_mean = nn.Parameter(torch.ones(1) * diam_mean, requires_grad=False)
+        self.diam_labels = nn.Parameter(torch.ones(1) * diam_mean, requires_grad=False)
+
+    def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the network.
+
+        Parameters
+        ----------
+        tiles : Tensor of float32, shape (n, widths[0], b, b)
+            Normalised tiles; ``b`` a multiple of ``2 ** (len(widths) - 2)``.
+
+        Returns
+        -------
+        output : Tensor, shape (n, n_out, b, b)
+            Flow along y and x, times 5, and the cell logit.
+        style : Tensor, shape (n, widths[-1])
+            Mean of the deepest features over space, of unit length.
+        """
+        features = self.downsample(tiles)
+        style = features[-1].mean(dim=(-2, -1))
+        style = style / style.pow(2).sum(dim=1, keepdim=True).sqrt()
+        output: Tensor = self.output(self.upsample(style, features))
+        return output, style

@@ -1,0 +1,181 @@
+"""Overview pictures: an image, reduced, with the outlines of its labels in colour.
+
+The only home of Pillow. Neighbouring objects get different colours, so that it shows where one ends.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import OutputError, SettingsError
+
+__all__ = ["overview"]
+
+# After Okabe and Ito's palette for all kinds of colour vision, without what drowns in the image.
+ON_DARK = np.array(
+    [[240, 228, 66], [86, 180, 233], [230, 159, 0], [0, 200, 140], [235, 120, 190], [235, 90, 20]], np.uint8
+)
+ON_LIGHT = np.array(
+    [[0, 0, 0], [0, 114, 178], [213, 94, 0], [0, 120, 85], [190, 50, 140], [120, 80, 0]], np.uint8
+)
+N_COLOURS = len(ON_DARK)
+LOW_PERCENTILE, HIGH_PERCENTILE = 1.0, 99.7
+
+Bytes = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.integer[Any]]
+
+
+class PixelArray(Protocol):
+    """Anything with a shape that gives pixels when sliced: NumPy, Zarr, Dask."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, region: Any, /) -> Any: ...
+
+
+def overview(
+    image: PixelArray,
+    labels: PixelArray,
+    path: Path,
+    *,
+    max_side: int = 1600,
+    low: float | None = None,
+    high: float | None = None,
+    window: tuple[slice, slice] | None = None,
+) -> None:
+    """Write a PNG of an image with the outlines of its labels.
+
+    Parameters
+    ----------
+    image : array, shape (y, x) or (y, x, 3)
+        Grey or RGB; NumPy, Zarr or Dask.
+    labels : array of integers, shape (y, x)
+        Labels, 0 background.
+    path : Path
+        File to write, in a folder that exists.
+    max_side : int
+        Longest side of the picture, pixels. A larger image is reduced by taking every k-th pixel, and
+        only those are kept in memory. One of half that size or less is shown at twice its size.
+    low, high : float, optional
+        Values shown black and white. Default: for 8-bit RGB 0 and 255, else the percentiles 1 and
+        99.7 of the pixels shown.
+    window : (slice, slice), optional
+        Rows and columns to show. Default all.
+
+    Raises
+    ------
+    SettingsError
+        If the shapes do not fit, the window is empty, or `low` is not below `high`.
+    OutputError
+        If the file cannot be written.
+    """
+    from PIL import Image
+
+    if len(image.shape) not in (2, 3) or (len(image.shape) == 3 and image.shape[2] != 3):
+        raise SettingsError(f"image has shape {tuple(image.shape)}; give (y, x), or (y, x, 3) for RGB.")
+    if tuple(labels.shape) != tuple(image.shape[:2]):
+        raise SettingsError(
+            f"labels have shape {tuple(labels.shape)} but the image {tuple(image.shape)}; "
+            "give the labels of this image."
+        )
+    if max_side < 1:
+        raise SettingsError(f"max_side is {max_side}; give 1 pixel or more.")
+    region = _reduced_region(labels.shape, window, max_side)
+    pixels = np.asarray(image[region])
+    shown = np.asarray(labels[region])
+    picture = np.ascontiguousarray(_as_bytes(pixels, low, high))
+    if 2 * max(shown.shape) <= max_side:
+        shown = shown.repeat(2, axis=0).repeat(2, axis=1)
+        picture = picture.repeat(2, axis=0).repeat(2, axis=1)
+    _draw_outlines(picture, shown)
+    try:
+        Image.fromarray(picture).save(path, format="PNG")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write picture {path}: {error.strerror or error}; give a file in a folder that exists "
+            "and that you may write to."
+        ) from error
+
+
+def _reduced_region(
+    shape: tuple[int, ...], window: tuple[slice, slice] | None, max_side: int
+) -> tuple[slice, slice]:
+    """The window with the step that brings its longest side down to `max_side`."""
+    wanted = window if window is not None else (slice(None), slice(None))
+    rows, columns = (part.indices(length) for part, length in zip(wanted, shape, strict=True))
+    if rows[2] != 1 or columns[2] != 1 or rows[0] >= rows[1] or columns[0] >= columns[1]:
+        raise SettingsError(
+            f"window {wanted} holds no pixels of an image of {tuple(shape)}, or skips some; "
+            "give two slices without steps, inside the image."
+        )
+    step = -(-max(rows[1] - rows[0], columns[1] - columns[0]) // max_side)
+    return slice(rows[0], rows[1], step), slice(columns[0], columns[1], step)
+
+
+def _as_bytes(pixels: npt.NDArray[Any], low: float | None, high: float | None) -> Bytes:
+    """Grey or RGB pixels as 8-bit RGB (y, x, 3), `low` black and `high` white."""
+    is_ready = pixels.ndim == 3 and pixels.dtype == np.uint8
+    values = pixels.astype(np.float32)
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        finite = np.zeros(1, np.float32)
+    bottom, top = (0.0, 255.0) if is_ready else np.percentile(finite, [LOW_PERCENTILE, HIGH_PERCENTILE])
+    bottom = float(bottom) if low is None else low
+    top = float(top) if high is None else high
+    if top <= bottom:
+        if low is not None or high is not None:
+            raise SettingsError(f"low is {bottom} and high is {top}; give a low below high.")
+        top = bottom + 1.0  # a constant image is shown black
+    scaled = np.clip((np.nan_to_num(values, nan=bottom) - bottom) / (top - bottom), 0, 1)
+    grey: Bytes = np.rint(255 * scaled).astype(np.uint8)
+    if grey.ndim == 2:
+        grey = grey[:, :, None].repeat(3, axis=2)
+    return grey
+
+
+def _draw_outlines(picture: Bytes, labels: Labels) -> None:
+    """Colour, in place, the pixels of objects that have a 4-neighbour of another label."""
+    ids, flat = np.unique(labels, return_inverse=True)
+    places = flat.reshape(labels.shape) + (0 if ids[0] == 0 else 1)  # 1.. for objects, 0 background
+    is_outline = np.zeros(labels.shape, np.bool_)
+    for low, high in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
+        differs = places[low] != places[high]
+        is_outline[low] |= differs
+        is_outline[high] |= differs
+    is_outline &= places > 0
+    colours = _distinct_colours(places, int(places.max()))
+    palette = ON_DARK if picture.mean() < 128 else ON_LIGHT
+    picture[is_outline] = palette[colours[places[is_outline]]]
+
+
+def _distinct_colours(places: npt.NDArray[np.intp], n_objects: int) -> npt.NDArray[np.intp]:
+    """A colour for each object, 0..n_objects, that no neighbour before it has, if one is left."""
+    found = []
+    for low, high in (
+        (np.s_[:-1], np.s_[1:]),
+        (np.s_[:, :-1], np.s_[:, 1:]),
+        (np.s_[:-1, :-1], np.s_[1:, 1:]),
+        (np.s_[:-1, 1:], np.s_[1:, :-1]),
+        (np.s_[:-2], np.s_[2:]),
+        (np.s_[:, :-2], np.s_[:, 2:]),
+    ):
+        pairs = np.stack([places[low].reshape(-1), places[high].reshape(-1)])
+        found.append(np.sort(pairs[:, (pairs[0] != pairs[1]) & (pairs > 0).all(axis=0)], axis=0))
+    colours = np.arange(n_objects + 1) % N_COLOURS
+    earlier, later = np.unique(np.concatenate(found, axis=1), axis=1)
+    order = np.argsort(later, kind="stable")
+    last, taken = -1, set[int]()
+    for i in order.tolist():
+        if later[i] != last:
+            last, taken = int(later[i]), set()
+        taken.add(int(colours[earlier[i]]))
+        # Redone with each neighbour; what stands after the last one avoids them all.
+        first = last % N_COLOURS
+        free = [(first + k) % N_COLOURS for k in range(N_COLOURS) if (first + k) % N_COLOURS not in taken]
+        colours[last] = free[0] if free else first
+    return colours

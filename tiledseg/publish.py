@@ -1,0 +1,216 @@
+"""Stage 5: the labels, their pyramid, their metadata and the object table.
+
+Reads
+    ``<labels>/labels.zarr`` and ``<labels>/ids``; the image, for intensities.
+Writes
+    The published label image level by level; per region the measurements of the parts of objects
+    in it; then the table. Metadata come last: labels are listed only when they are complete.
+Parallel over
+    Regions of whole storage chunks, so that no chunk is ever written by two tasks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .cluster import Executor, peak_memory
+from .grid import Region, overlap, shift
+from .job import Job
+from .omezarr import finish_labels, level_array
+from .progress import Progress
+from .store import disk_errors
+from .working import plane_region
+
+__all__ = ["process_block", "run", "table_of"]
+
+REGION = 2048
+
+Measured = dict[str, npt.NDArray[Any]]
+
+
+def process_block(
+    labels: npt.NDArray[np.uint32], intensities: npt.NDArray[Any], origin: tuple[int, ...]
+) -> npt.NDArray[np.float64]:
+    """Measure the parts of objects in one region; sums, so that parts can be added up.
+
+    Parameters
+    ----------
+    labels : array of uint32, shape (*spatial)
+        Global ids.
+    intensities : array, shape (channels, *spatial)
+        The image. Pixels that are not finite are left out of means.
+    origin : tuple of int
+        Position of the region in the image.
+
+    Returns
+    -------
+    measured : array of float64, shape (n, 2 + 3 * ndim + 2 * channels)
+        Per object: id, pixels, sum of coordinates per axis, box start per axis, box stop per axis,
+        then per channel the sum of values and the number of finite ones. Whole numbers below 2**53
+        are exact, so sums over integer images do not depend on how objects were cut.
+    """
+    from scipy.ndimage import find_objects
+
+    ndim = labels.ndim
+    pixels = np.flatnonzero(labels)
+    ids, dense = np.unique(labels.ravel()[pixels], return_inverse=True)
+    columns: list[npt.NDArray[Any]] = [ids, np.bincount(dense, minlength=ids.size)]
+    coordinates = np.unravel_index(pixels, labels.shape)
+    columns += [
+        np.bincount(dense, weights=c + o, minlength=ids.size) for c, o in zip(coordinates, origin, strict=True)
+    ]
+    compact = np.zeros(labels.size, np.int32)
+    compact[pixels] = dense + 1
+    boxes = find_objects(compact.reshape(labels.shape))
+    for edge in ("start", "stop"):
+        columns += [np.array([getattr(b[i], edge) + origin[i] for b in boxes], np.float64) for i in range(ndim)]
+    for channel in intensities:
+        values = channel.ravel()[pixels].astype(np.float64)
+        finite = np.isfinite(values)
+        columns.append(np.bincount(dense[finite], weights=values[finite], minlength=ids.size))
+        columns.append(np.bincount(dense[finite], minlength=ids.size))
+    return np.column_stack(columns).astype(np.float64).reshape(-1, 2 + 3 * ndim + 2 * len(intensities))
+
+
+def _regions(shape: tuple[int, ...], chunks: tuple[int, ...]) -> list[Region]:
+    """Regions of whole chunks, about 2048 pixels wide."""
+    sides = [max(1, REGION // c) * c for c in chunks]
+    starts = itertools.product(*(range(0, n, side) for n, side in zip(shape, sides, strict=True)))
+    return [
+        tuple(slice(a, min(a + side, n)) for a, side, n in zip(start, sides, shape, strict=True)) for start in starts
+    ]
+
+
+def _level(job: Job, level: int) -> tuple[Any, tuple[int, ...], list[Region]]:
+    """The array of a level, the index of its plane, and its regions along the plane."""
+    n = len(job.shape)
+    if job.plan is None:
+        labels = job.store.open(f"{job.labels}/published")
+        return labels, (), _regions(labels.shape, labels.shape)
+    array = level_array(job.plan, level)
+    return array, (0,) * (array.ndim - n), _regions(array.shape[-n:], array.chunks[-n:])
+
+
+def paint_region(position: int, job: Job) -> dict[str, Any]:
+    """Task: write one region of level 0 and measure the objects in it."""
+    array, plane, regions = _level(job, 0)
+    region = regions[position]
+    source, grid = job.store.open(f"{job.labels}/labels.zarr"), job.blocks
+    labels = np.zeros(tuple(p.stop - p.start for p in region), np.uint32)
+    origin = tuple(p.start for p in region)
+    for index in grid.touching(region):
+        block, number = grid.at(index), grid.number(index)
+        ids = job.store.load(f"{job.labels}/ids/{number}")
+        shared = overlap(region, block.core)
+        if shared is None or not ids.size:
+            continue
+        local = source[(number, *shift(shared, tuple(p.start for p in block.padded)))]
+        labels[shift(shared, origin)] = np.concatenate([np.zeros(1, np.uint32), ids])[local]
+    intensities = _all_channels(job, region) if labels.any() else np.zeros((job.image.n_channels, *labels.shape))
+    with disk_errors("the labels"):
+        array[(*plane, *region)] = labels
+        job.store.save(f"{job.labels}/measured/{position}", process_block(labels, intensities, origin))
+    return {"peak": peak_memory()}
+
+
+def _all_channels(job: Job, region: Region) -> npt.NDArray[Any]:
+    """Every channel of a region of level 0, channels first."""
+    image = job.image
+    values = image.read(0, plane_region(image, region, None))
+    where = image.axes.index("c") if "c" in image.axes else None
+    values = values[None] if where is None else np.moveaxis(values, where, 0)
+    return values.reshape((image.n_channels, *(p.stop - p.start for p in region)))
+
+
+def shrink_region(position: int, job: Job, level: int) -> dict[str, Any]:
+    """Task: write one region of a pyramid level: every second pixel of the level below."""
+    array, plane, regions = _level(job, level)
+    finer, _, _ = _level(job, level - 1)
+    region = regions[position]
+    n = len(region)
+    steps = [-(-a // b) for a, b in zip(finer.shape[-n:], array.shape[-n:], strict=True)]
+    wide = tuple(
+        slice(p.start * s, min(p.stop * s, m)) for p, s, m in zip(region, steps, finer.shape[-n:], strict=True)
+    )
+    with disk_errors("the labels"):
+        array[(*plane, *region)] = finer[(*plane, *wide)][tuple(slice(None, None, s) for s in steps)]
+    return {"peak": peak_memory()}
+
+
+def write_table(_: int, job: Job) -> dict[str, Any]:
+    """Task: add up the parts of objects and write the table."""
+    import pyarrow.parquet
+
+    if job.table is not None:
+        with disk_errors(job.table):
+            job.table.parent.mkdir(parents=True, exist_ok=True)
+            draft = job.table.with_suffix(".partial")
+            pyarrow.parquet.write_table(table_of(job), draft)
+            draft.replace(job.table)
+    return {"peak": peak_memory()}
+
+
+def table_of(job: Job) -> Any:
+    """The object table, one row per label in order, from what the regions left.
+
+    Returns
+    -------
+    table : pyarrow.Table
+        ``label``; ``centroid_y``, ``centroid_x`` in pixels; the same with ``_um`` if the pixel size
+        is known; ``bbox_y_start`` ... ``bbox_x_stop`` (half open); ``area`` in pixels and
+        ``area_um2``; ``mean_<channel>`` per channel.
+    """
+    import pyarrow
+
+    n = len(job.shape)
+    n_regions = len(_level(job, 0)[2])
+    parts = np.concatenate([job.store.load(f"{job.labels}/measured/{i}") for i in range(n_regions)])
+    parts = parts[np.argsort(parts[:, 0], kind="stable")]
+    _, starts = np.unique(parts[:, 0], return_index=True)
+    summed = np.add.reduceat(parts, starts) if starts.size else parts
+    low, high = slice(2 + n, 2 + 2 * n), slice(2 + 2 * n, 2 + 3 * n)
+    area = summed[:, 1]
+    columns: dict[str, npt.NDArray[Any]] = {"label": parts[starts, 0].astype(np.uint32)}
+    axes, spacing = job.image.spatial_axes[-n:], job.image.spacing_um()
+    centroids = summed[:, 2 : 2 + n] / np.maximum(area, 1)[:, None]
+    for i, axis in enumerate(axes):
+        columns[f"centroid_{axis}"] = centroids[:, i]
+    if spacing is not None:
+        for i, axis in enumerate(axes):
+            columns[f"centroid_{axis}_um"] = centroids[:, i] * spacing[-n:][i]
+    box_low = np.minimum.reduceat(parts[:, low], starts) if starts.size else parts[:, low]
+    box_high = np.maximum.reduceat(parts[:, high], starts) if starts.size else parts[:, high]
+    for i, axis in enumerate(axes):
+        columns[f"bbox_{axis}_start"] = box_low[:, i].astype(np.int64)
+        columns[f"bbox_{axis}_stop"] = box_high[:, i].astype(np.int64)
+    columns["area"] = area.astype(np.int64)
+    if spacing is not None:
+        columns["area_um2"] = area * math.prod(spacing[-n:])
+    for i, channel in enumerate(job.image.channels):
+        total, count = summed[:, 2 + 3 * n + 2 * i], summed[:, 3 + 3 * n + 2 * i]
+        # Rounded to float32: the last bits of a sum of floats depend on how objects were cut.
+        columns[f"mean_{channel}"] = np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
+    return pyarrow.table(columns)
+
+
+def run(job: Job, executor: Executor, progress: Progress) -> None:
+    """Write what is missing of the labels, the pyramid, the table and the metadata."""
+    n_levels = 1 if job.plan is None else job.plan.n_levels
+    counts = [len(_level(job, level)[2]) for level in range(n_levels)]
+    stages = [f"{job.labels}/publish-{level}" for level in range(n_levels)]
+    done = [job.store.done(stage) for stage in stages]
+    progress.start("publish", sum(counts), sum(map(len, done)))
+    for level, (stage, count) in enumerate(zip(stages, counts, strict=True)):
+        todo = [position for position in range(count) if position not in done[level]]
+        task, args = (paint_region, ()) if level == 0 else (shrink_region, (level,))
+        for position, record in executor.stream(task, todo, job, *args):
+            job.store.mark(stage, [position])
+            progress.step(record["peak"])
+    if job.plan is not None:
+        list(executor.stream(write_table, [0], job))
+        finish_labels(job.plan)

@@ -1,0 +1,380 @@
+"""Stage 1: what holds for the whole image.
+
+Reads
+    The image: all of one level (level 0, or a coarser one of very large images), then windows.
+Writes
+    ``survey.zarr``: sampled values and noise statistics per region, then the foreground map;
+    ``survey.json``: percentiles, diameter with its spread.
+Parallel over
+    Regions of the level, then windows of the image.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .cluster import Executor, peak_memory
+from .dynamics import compute_masks
+from .errors import ImageError
+from .grid import Region, WorkingGrid
+from .images import Image
+from .job import Diameter, Job, Surveyed
+from .networks.runner import load_network
+from .progress import Progress
+from .working import box_mean, finite_float, plane_axes, plane_region, plane_shape, read_plane, read_tile
+
+__all__ = ["measure_window", "process_block", "run"]
+
+logger = logging.getLogger(__name__)
+
+FloatArray = npt.NDArray[np.float32]
+Centre = tuple[float, ...]
+
+REGION = 2048
+CELL = 64
+POOL = 4
+MARGIN = 16
+MAX_SAMPLES = 2**22
+LARGE_IMAGE = 2**28
+COARSEST = 4.0
+
+PERCENTILES = (1.0, 99.0)
+
+# What is left of white noise after means over 4 x 4 pixels and a Gaussian of one such mean.
+NOISE_LEFT = 0.0705
+RANGE_IN_NOISE = 10.0
+RANGE_IN_CONTRAST = 0.005
+
+WINDOWS_PER_AXIS = 6
+GUESS_WINDOWS_PER_AXIS = 3
+GUESS_DIAMETERS = (0.5, 1.0, 2.0, 4.0)
+PASSES = 4
+MIN_OBJECTS = 5
+
+
+def process_block(values: FloatArray, core: Region) -> FloatArray:
+    """Statistics by which a region's background is told from cells.
+
+    Parameters
+    ----------
+    values : array of float32, shape (y, x)
+        Pixels of a region with a margin.
+    core : tuple of slice
+        The region without its margin, within `values`; starts at a multiple of 4.
+
+    Returns
+    -------
+    statistics : array of float32, shape (3, cells y, cells x)
+        Per cell of 64 x 64 pixels: the smallest and largest value after smoothing, and the noise.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    pooled = box_mean(values, (POOL,) * values.ndim)
+    squares = box_mean(np.square(values - values.mean(dtype=np.float64).astype(np.float32)), (POOL,) * values.ndim)
+    centred = pooled - values.mean(dtype=np.float64).astype(np.float32)
+    noise = np.sqrt(np.maximum(squares - centred * centred, 0))
+    smooth = gaussian_filter(pooled, 1.0, mode="nearest")
+    inner = tuple(slice(p.start // POOL, -(-p.stop // POOL)) for p in core)
+    return np.stack(
+        [
+            _per_cell(smooth[inner], np.min),
+            _per_cell(smooth[inner], np.max),
+            _per_cell(noise[inner], np.median),
+        ]
+    )
+
+
+def _per_cell(pooled: FloatArray, statistic: Any) -> FloatArray:
+    """A statistic over cells of pooled pixels; the last cells may be cut by the image's edge."""
+    size = CELL // POOL
+    short = [(0, -n % size) for n in pooled.shape]
+    full = np.pad(pooled, short, mode="edge")
+    rows, columns = (n // size for n in full.shape)
+    cells = full.reshape(rows, size, columns, size).swapaxes(1, 2).reshape(rows, columns, -1)
+    result: FloatArray = statistic(cells, axis=-1).astype(np.float32)
+    return result
+
+
+def _survey_level(image: Image) -> int:
+    """The finest level of at most 2**28 pixels, but none coarser than 4."""
+    for i, level in enumerate(image.levels):
+        last = i == len(image.levels) - 1 or max(image.levels[i + 1].scale) > COARSEST * 1.01
+        if last or math.prod(level.shape) // image.n_channels <= LARGE_IMAGE:
+            return i
+    return 0
+
+
+class _Sampling:
+    """Which regions the surveyed level has, and which pixels are sampled."""
+
+    def __init__(self, image: Image) -> None:
+        self.level = _survey_level(image)
+        self.shape = plane_shape(image, self.level)
+        self.step = max(1, math.ceil(math.sqrt(math.prod(self.shape) / MAX_SAMPLES)))
+        self.counts = tuple(-(-n // REGION) for n in self.shape)
+        self.cells = tuple(-(-n // CELL) for n in self.shape)
+        self.samples_per_region = math.ceil(min(REGION, max(self.shape)) / self.step) ** 2
+
+    def region(self, number: int) -> Region:
+        index = np.unravel_index(number, self.counts)
+        return tuple(slice(int(i) * REGION, min((int(i) + 1) * REGION, n)) for i, n in zip(index, self.shape, strict=True))
+
+    def sampled(self, region: Region) -> tuple[slice, ...]:
+        """The sampled pixels of a region: every `step`-th of the whole level."""
+        first = self.step // 2
+        return tuple(slice((first - p.start) % self.step, p.stop - p.start, self.step) for p in region)
+
+
+def survey_region(number: int, job: Job) -> dict[str, Any]:
+    """Task: sample one region and measure its cells."""
+    sampling = _Sampling(job.image)
+    region = sampling.region(number)
+    if job.settings.survey.missing_chunks == "refuse":
+        _refuse_missing(job.image, sampling.level, region, job.channel)
+    wide = tuple(
+        slice(max(0, p.start - MARGIN), min(n, p.stop + MARGIN)) for p, n in zip(region, sampling.shape, strict=True)
+    )
+    raw = read_plane(job.image, sampling.level, wide, job.channel)
+    core = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(region, wide, strict=True))
+    n_nonfinite = 0
+    if raw.dtype.kind == "f":
+        finite = np.isfinite(raw)
+        n_nonfinite = int((~finite[core]).sum())
+        lowest = float(raw[finite].min()) if finite.any() else 0.0
+        values = finite_float(raw, lowest)
+        samples = np.where(finite, values, np.float32(np.nan))[core][sampling.sampled(region)].ravel()
+    else:
+        values = raw.astype(np.float32)
+        samples = values[core][sampling.sampled(region)].ravel()
+    stored = np.full(sampling.samples_per_region, np.nan, np.float32)
+    stored[: samples.size] = samples
+    job.store.open("survey.zarr/samples")[number] = stored
+    if job.settings.survey.foreground == "auto":
+        cells = tuple(slice(p.start // CELL, -(-p.stop // CELL)) for p in region)
+        job.store.open("survey.zarr/cells")[(slice(None), *cells)] = process_block(values, core)
+    extremes = values[core]
+    job.store.save(
+        f"survey.zarr/facts-{number}", np.array([n_nonfinite, extremes.min(), extremes.max()], np.float64)
+    )
+    return {"peak": peak_memory()}
+
+
+def _refuse_missing(image: Image, level: int, region: Region, channel: int) -> None:
+    missing = image.missing_chunks(level, plane_region(image, region, channel))
+    if missing:
+        raise ImageError(
+            f"chunk {missing[0]} of {image.name} is missing ({len(missing)} in this region); restore it, or if the "
+            "image was written without its empty chunks, add --missing-chunks fill."
+        )
+
+
+def run(job: Job, executor: Executor, progress: Progress) -> Surveyed:
+    """Survey the image, or read what an earlier run found."""
+    document = job.store.read_json("survey.json")
+    if document is not None:
+        return Surveyed.from_json(document)
+    sampling = _Sampling(job.image)
+    n_regions = math.prod(sampling.counts)
+    cells_per_region = REGION // CELL
+    job.store.create(
+        "survey.zarr/samples", (n_regions, sampling.samples_per_region), (1, sampling.samples_per_region), "float32"
+    )
+    job.store.create(
+        "survey.zarr/cells", (3, *sampling.cells), (3, cells_per_region, cells_per_region), "float32"
+    )
+    job.store.create("survey.zarr/foreground", sampling.cells, (1024, 1024), "bool")
+    done = job.store.done("survey")
+    progress.start("survey", n_regions, len(done))
+    todo = [number for number in range(n_regions) if number not in done]
+    for number, record in executor.stream(survey_region, todo, job):
+        job.store.mark("survey", [number])
+        progress.step(record["peak"])
+    found = _summarise(job, sampling)
+    diameter = _find_diameter(job, found, executor, progress)
+    found = Surveyed(**{**vars(found), "diameter": diameter})
+    job.store.write_json("survey.json", found.to_json())
+    return found
+
+
+def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
+    """Percentiles and foreground map from what the regions left."""
+    samples = job.store.open("survey.zarr/samples")[:]
+    n_regions = samples.shape[0]
+    samples = samples[np.isfinite(samples)]
+    facts = np.stack([job.store.load(f"survey.zarr/facts-{i}") for i in range(n_regions)])
+    lowest, highest = float(facts[:, 1].min()), float(facts[:, 2].max())
+    low, high = (float(v) for v in np.percentile(samples, PERCENTILES)) if samples.size else (0.0, 0.0)
+    is_constant = not highest > lowest
+    if not high > low and not is_constant:
+        logger.warning(
+            "percentiles 1 and 99 of %s are both %g; normalising by its smallest and largest value, %g and %g.",
+            job.image.name, low, lowest, highest,
+        )
+        low, high = lowest, highest
+    if is_constant:
+        high = low + 1.0
+    cell: tuple[float, ...] = ()
+    fraction = 0.0 if is_constant else 1.0
+    if job.settings.survey.foreground == "auto" and not is_constant:
+        level = job.image.levels[sampling.level]
+        cell = tuple(CELL * level.scale[job.image.spatial_axes.index(axis)] for axis in plane_axes(job.image))
+        foreground = foreground_map(job.store.open("survey.zarr/cells")[:], high - low)
+        job.store.open("survey.zarr/foreground")[:] = foreground
+        fraction = float(foreground.mean())
+    unknown = Diameter(job.model.diam_mean, "default", (job.model.diam_mean,) * 2)
+    return Surveyed((low, high), is_constant, int(facts[:, 0].sum()), cell, fraction, unknown)
+
+
+def foreground_map(statistics: FloatArray, contrast: float) -> npt.NDArray[np.bool_]:
+    """Cells of the map in or beside which something rises above the noise.
+
+    A cell is empty if the smoothed values in it and around it span less than what noise alone
+    does. The noise of the image is that of its quietest cells, so that dense tissue does not
+    count as noise; gradients and correlated noise make more foreground, never less.
+
+    Parameters
+    ----------
+    statistics : array of float32, shape (3, cells y, cells x)
+        From `process_block`.
+    contrast : float
+        Difference of the percentiles: what spans less than 1/200 of it is invisible to the network.
+
+    Returns
+    -------
+    is_foreground : array of bool, shape (cells y, cells x)
+    """
+    from scipy.ndimage import maximum_filter, minimum_filter
+
+    span = maximum_filter(statistics[1], 3, mode="nearest") - minimum_filter(statistics[0], 3, mode="nearest")
+    noise = float(np.percentile(statistics[2], 5))
+    threshold = max(RANGE_IN_NOISE * NOISE_LEFT * noise, RANGE_IN_CONTRAST * contrast)
+    result: npt.NDArray[np.bool_] = span > threshold
+    return result
+
+
+def _find_diameter(job: Job, found: Surveyed, executor: Executor, progress: Progress) -> Diameter:
+    """The diameter that is given, or one from the objects in windows over the whole image."""
+    given = job.settings.survey.diameter_px(job.image.spacing_um())
+    if given is not None:
+        return Diameter(given, "given", (given, given))
+    job = Job(**{**vars(job), "surveyed": found})
+    few = list(_window_centres(job, job.model.diam_mean, GUESS_WINDOWS_PER_AXIS))
+    if found.is_constant or not few:
+        return found.diameter
+    value = _guess(job, few, executor)
+    sizes: npt.NDArray[np.float64] = np.zeros(0)
+    for _ in range(PASSES):
+        centres = list(_window_centres(job, value, WINDOWS_PER_AXIS))
+        progress.start("diameter", len(centres), 0)
+        parts = []
+        for _item, (window_sizes, peak) in executor.stream(measure_window, [(c, value) for c in centres], job):
+            parts.append(window_sizes)
+            progress.step(peak)
+        sizes = np.sort(np.concatenate(parts))
+        if sizes.size < MIN_OBJECTS:
+            break
+        before, value = value, float(np.median(sizes))
+        if abs(math.log(value / before)) < 0.05:
+            break
+    if sizes.size < MIN_OBJECTS:
+        logger.warning(
+            "only %d objects were found in %d windows of %s: the diameter %.1f px is a guess; give --diameter.",
+            sizes.size, len(centres), job.image.name, value,
+        )
+        return Diameter(value, "default", (value, value), int(sizes.size), len(centres))
+    low, high = (float(v) for v in np.percentile(sizes, [25, 75]))
+    # Two decimals: the working grid must not hang on the last bits of a median.
+    return Diameter(round(value, 2), "estimated", (low, high), int(sizes.size), len(centres))
+
+
+def _window_centres(job: Job, diameter: float, per_axis: int) -> Iterator[Centre]:
+    """Centres of windows in level 0 pixels: for each part of a regular division of the image, the
+    foreground cell nearest to its middle. Windows of a diameter hardly overlap."""
+    shape = job.shape
+    side = job.model.tile * diameter / job.model.diam_mean
+    counts = [max(1, min(per_axis, round(n / side))) for n in shape]
+    cell = job.found.foreground_cell
+    foreground = job.store.open("survey.zarr/foreground")[:] if cell else None
+    for index in itertools.product(*(range(n) for n in counts)):
+        edges = [(i * n / c, (i + 1) * n / c) for i, c, n in zip(index, counts, shape, strict=True)]
+        middle = tuple((a + b) / 2 for a, b in edges)
+        if foreground is None:
+            yield middle
+            continue
+        part = tuple(slice(int(a / s), max(int(a / s) + 1, math.ceil(b / s))) for (a, b), s in zip(edges, cell, strict=True))
+        where = np.argwhere(foreground[part])
+        if where.size:
+            centres = (where + [p.start for p in part] + 0.5) * cell
+            nearest = centres[np.square(centres - middle).sum(axis=1).argmin()]
+            # A cell cut by the image's edge may have its centre outside.
+            yield tuple(float(min(v, n - 0.5)) for v, n in zip(nearest, shape, strict=True))
+
+
+def _window(job: Job, centre: Centre, diameter: float) -> tuple[WorkingGrid, FloatArray, Region]:
+    """One network tile round a centre at the scale of a diameter, and its part inside the image."""
+    grid = WorkingGrid.for_diameter(job.shape, diameter, job.model.diam_mean)
+    tile = job.model.tile
+    starts = []
+    for c, s, n in zip(centre, grid.scale, grid.shape, strict=True):
+        starts.append(min(max(0, round(c * s - tile / 2)), max(0, n - tile)))
+    region = tuple(slice(start, start + tile) for start in starts)
+    values = read_tile(job.image, job.channel, grid, region, job.found.percentiles)
+    inside = tuple(slice(0, min(tile, n - p.start)) for p, n in zip(region, grid.shape, strict=True))
+    return grid, values, inside
+
+
+def _as_input(values: FloatArray, n_channels: int) -> FloatArray:
+    """One tile as network input: further channels are empty."""
+    tiles = np.zeros((1, n_channels, *values.shape), np.float32)
+    tiles[0, 0] = values
+    return tiles
+
+
+def guess_window(item: tuple[Centre, float], job: Job) -> float:
+    """Task: what the style vector says of the diameter when the window is seen at one scale."""
+    centre, diameter = item
+    grid, values, _ = _window(job, centre, diameter)
+    _, styles = load_network(job.model, job.device).predict(_as_input(values, job.model.n_channels))
+    if job.model.size is None:
+        return job.model.diam_mean / grid.scale[0]
+    return job.model.size.diameter(styles[0]) / grid.scale[0]
+
+
+def _guess(job: Job, centres: list[Centre], executor: Executor) -> float:
+    """A first diameter: the one of several scales at which the style vectors confirm it best."""
+    tried = [job.model.diam_mean * factor for factor in GUESS_DIAMETERS]
+    items = [(centre, diameter) for diameter in tried for centre in centres]
+    answers: dict[float, list[float]] = {diameter: [] for diameter in tried}
+    for (_, diameter), answer in executor.stream(guess_window, items, job):
+        answers[diameter].append(answer)
+    medians = {diameter: float(np.median(values)) for diameter, values in answers.items()}
+    best = min(tried, key=lambda diameter: abs(math.log(medians[diameter] / diameter)))
+    return medians[best]
+
+
+def measure_window(item: tuple[Centre, float], job: Job) -> tuple[npt.NDArray[np.float64], tuple[int, int]]:
+    """Task: diameters in level 0 pixels of the whole objects in one window, and the peak memory."""
+    centre, diameter = item
+    grid, values, inside = _window(job, centre, diameter)
+    output, _ = load_network(job.model, job.device).predict(_as_input(values, job.model.n_channels))
+    output = output[0][(slice(None), *inside)]
+    masks = job.settings.masks
+    labels = compute_masks(
+        np.ascontiguousarray(output[:-1]),
+        np.ascontiguousarray(output[-1]),
+        cellprob_threshold=masks.cellprob_threshold,
+        flow_threshold=masks.flow_threshold,
+    )
+    areas = np.bincount(labels.ravel())
+    cut = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    areas[cut] = 0
+    areas[0] = 0
+    sizes = 2 * np.sqrt(areas[areas > 0] / np.pi) / grid.scale[0]
+    return sizes, peak_memory()

@@ -1,0 +1,145 @@
+"""The image as the network sees it: one channel on the working grid, normalised.
+
+Every value is computed from its global index, so a tile's content depends on where the tile lies
+and on nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ImageError
+from .grid import Index, Region, WorkingGrid, interpolate, linear_weights
+from .images import Image, Level
+
+__all__ = ["plane_axes", "plane_region", "plane_shape", "read_plane", "read_tile"]
+
+FloatArray = npt.NDArray[np.float32]
+
+
+def plane_axes(image: Image) -> str:
+    """The axes cells extend along; those of length 1 beside y and x are carried along.
+
+    Raises
+    ------
+    ImageError
+        If the image is a volume or a series over time.
+    """
+    for axis in "tz":
+        if axis in image.axes and (n := image.shape[image.axes.index(axis)]) > 1:
+            raise ImageError(
+                f"{image.name} has axis {axis!r} of length {n}; this version segments single planes: "
+                f"give an image whose {axis} has length 1."
+            )
+    return "yx"
+
+
+def plane_shape(image: Image, level: int = 0) -> Index:
+    """Shape of a level along the axes cells extend along."""
+    return tuple(image.levels[level].shape[image.axes.index(axis)] for axis in plane_axes(image))
+
+
+def plane_region(image: Image, region: Region, channel: int | None) -> Region:
+    """A region over all axes of the image from one over its plane; no channel means all."""
+    parts = dict(zip(plane_axes(image), region, strict=True))
+    channels = slice(0, image.n_channels) if channel is None else slice(channel, channel + 1)
+    return tuple(parts.get(axis, channels if axis == "c" else slice(0, 1)) for axis in image.axes)
+
+
+def read_plane(image: Image, level: int, region: Region, channel: int) -> npt.NDArray[np.generic]:
+    """One channel of a region of a level, shape of the region."""
+    values = image.read(level, plane_region(image, region, channel))
+    return values.reshape(tuple(part.stop - part.start for part in region))
+
+
+def _level_scale(image: Image, level: Level) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Scale and offset of a level along the plane."""
+    where = [image.spatial_axes.index(axis) for axis in plane_axes(image)]
+    return tuple(level.scale[i] for i in where), tuple(level.offset[i] for i in where)
+
+
+def _source_level(image: Image, grid: WorkingGrid) -> int:
+    """The coarsest level that is not coarser than the working grid."""
+    best = 0
+    for i, level in enumerate(image.levels):
+        scale, _ = _level_scale(image, level)
+        if all(r * s <= 1 + 1e-3 for r, s in zip(scale, grid.scale, strict=True)):
+            best = i
+    return best
+
+
+def read_tile(
+    image: Image,
+    channel: int,
+    grid: WorkingGrid,
+    region: Region,
+    percentiles: tuple[float, float],
+) -> FloatArray:
+    """One channel on a region of the working grid, normalised.
+
+    Parameters
+    ----------
+    image : Image
+        Any image; where it has a pyramid, the level just finer than the grid is read.
+    channel : int
+        Which channel.
+    grid : WorkingGrid
+        The grid.
+    region : tuple of slice
+        In working pixels; may reach outside the grid, where the result is 0 (background).
+    percentiles : (float, float)
+        Values that become 0 and 1. Pixels that are not finite count as the first.
+
+    Returns
+    -------
+    values : array of float32, shape of region
+    """
+    result = np.zeros(tuple(p.stop - p.start for p in region), np.float32)
+    inside = tuple(slice(max(p.start, 0), min(p.stop, n)) for p, n in zip(region, grid.shape, strict=True))
+    if any(p.start >= p.stop for p in inside):
+        return result
+    source = _source_level(image, grid)
+    scale, offset = _level_scale(image, image.levels[source])
+    positions, factors, needed = [], [], []
+    for axis, part in enumerate(inside):
+        n = plane_shape(image, source)[axis]
+        # Where the level is still more than twice as fine, means of whole pixels replace the missing
+        # level of the pyramid: linear interpolation alone would skip pixels and alias noise.
+        factor = max(1, math.floor(1 / (grid.scale[axis] * scale[axis]) + 1e-6))
+        n_reduced = -(-n // factor)
+        in_level = (grid.to_image(part.start, part.stop, axis) - offset[axis]) / scale[axis]
+        coordinates = (in_level - (factor - 1) / 2) / factor
+        low, high, _ = linear_weights(coordinates[[0, -1]], n_reduced)
+        needed.append(slice(int(low[0]) * factor, min(n, (int(high[-1]) + 1) * factor)))
+        positions.append((coordinates, n_reduced, int(low[0])))
+        factors.append(factor)
+    low_value, high_value = percentiles
+    values = finite_float(read_plane(image, source, tuple(needed), channel), low_value)
+    values = interpolate(box_mean(values, tuple(factors)), positions)
+    values = (values - np.float32(low_value)) / np.float32(high_value - low_value)
+    result[tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(inside, region, strict=True))] = values
+    return result
+
+
+def finite_float(values: npt.NDArray[np.generic], background: float) -> FloatArray:
+    """As float32, with what is not finite replaced."""
+    with np.errstate(over="ignore"):
+        result = values.astype(np.float32)
+    if values.dtype.kind == "f":
+        result[~np.isfinite(result)] = background
+    return result
+
+
+def box_mean(values: FloatArray, factors: tuple[int, ...]) -> FloatArray:
+    """Means over boxes of `factors` pixels; the last box of an axis repeats its edge to be full."""
+    if all(factor == 1 for factor in factors):
+        return values
+    short = [(0, -n % factor) for n, factor in zip(values.shape, factors, strict=True)]
+    values = np.pad(values, short, mode="edge")
+    for axis, factor in enumerate(factors):
+        shape = (*values.shape[:axis], values.shape[axis] // factor, factor, *values.shape[axis + 1 :])
+        values = values.reshape(shape).mean(axis=axis + 1, dtype=np.float32)
+    return values
