@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from tiledseg.dynamics import label_flows
+from tiledseg.heat import label_flows
 from tiledseg.networks.unet import ResidualUNet
 
 WIDTHS = (2, 16, 32, 64, 128)
@@ -139,7 +139,12 @@ def train(folder: Path, steps: int, out: Path, seed: int) -> ResidualUNet:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     examples = load(folder, validation=False)
-    share = {"fluorescence": 0.75, "histology-purple-on-purple": 0.1, "histology-purple-on-white": 0.1, "brightfield-dark-on-white": 0.05}
+    share = {
+        "fluorescence": 0.75,
+        "histology-purple-on-purple": 0.1,
+        "histology-purple-on-white": 0.1,
+        "brightfield-dark-on-white": 0.05,
+    }
     counts = {kind: sum(e.kind == kind for e in examples) for kind in share}
     # A large image holds more to learn than a small one, but not in proportion to its area.
     area = np.array([np.sqrt(e.fields[0].numel()) for e in examples])
@@ -164,7 +169,10 @@ def train(folder: Path, steps: int, out: Path, seed: int) -> ResidualUNet:
         schedule.step()
         losses.append(loss.item())
         if step % 50 == 0:
-            print(f"step {step} loss {np.mean(losses[-50:]):.4f} {(time.time() - started) / step:.2f} s/step", flush=True)
+            print(
+                f"step {step} loss {np.mean(losses[-50:]):.4f} {(time.time() - started) / step:.2f} s/step",
+                flush=True,
+            )
         if step % 250 == 0:
             torch.save(network.state_dict(), out.with_suffix(".checkpoint"))
     return network
@@ -216,7 +224,9 @@ def evaluate(folder: Path) -> dict[str, object]:
         how: {kind: {"images": len(rows), "ap": np.mean(rows, 0).round(3).tolist()} for kind, rows in kinds.items()}
         for how, kinds in results.items()
     }
-    table["diameter within 10 %"] = {k: round(float(np.mean(np.abs(np.array(r) - 1) < 0.1)), 3) for k, r in ratios.items()}
+    table["diameter within 10 %"] = {
+        k: round(float(np.mean(np.abs(np.array(r) - 1) < 0.1)), 3) for k, r in ratios.items()
+    }
     return table
 
 

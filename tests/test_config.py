@@ -38,7 +38,8 @@ def test_unknown_settings_are_refused_with_a_hint() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "pixels"), [("auto", None), (12, 12.0), ("12", 12.0), ("12px", 12.0), ("6um", 12.0), ("6 µm", 12.0)]
+    ("given", "pixels"),
+    [("auto", None), (12, 12.0), ("12", 12.0), ("12px", 12.0), ("6um", 12.0), ("6 µm", 12.0)],
 )
 def test_diameters_in_pixels_and_micrometres(given: object, pixels: float | None) -> None:
     assert SurveyConfig(diameter=given).diameter_px((0.5, 0.5)) == pixels  # type: ignore[arg-type]

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
-from strategies import Labels, connected, ellipses, label_fields, numbered, seeds, smooth_noise
 
-from tiledseg import dynamics
+from tiledseg import dynamics, heat
 from tiledseg.dynamics import compute_masks, fill_holes, find_sinks, flow_errors, follow_flows, grow_sinks
 from tiledseg.errors import ImageError, SettingsError
+
+from .strategies import Labels, connected, ellipses, label_fields, numbered, seeds, smooth_noise
 
 Flows = npt.NDArray[np.float32]
 
@@ -27,9 +28,7 @@ def logits(labels: Labels) -> Flows:
 def matched(truth: npt.NDArray[np.integer], found: npt.NDArray[np.integer], min_iou: float) -> float:
     """Fraction of the true objects that have a partner of at least this IoU."""
     n_true, n_found = int(truth.max()) + 1, int(found.max()) + 1
-    joint = np.bincount(
-        truth.reshape(-1).astype(np.int64) * n_found + found.reshape(-1), minlength=n_true * n_found
-    )
+    joint = np.bincount(truth.reshape(-1).astype(np.int64) * n_found + found.reshape(-1), minlength=n_true * n_found)
     joint = joint.reshape(n_true, n_found)
     union = joint.sum(1)[:, None] + joint.sum(0)[None] - joint
     return float(((joint / np.maximum(union, 1))[1:, 1:].max(axis=1, initial=0) >= min_iou).mean())
@@ -40,7 +39,7 @@ def matched(truth: npt.NDArray[np.integer], found: npt.NDArray[np.integer], min_
 
 def test_drawn_cells_come_back() -> None:
     truth = ellipses((300, 330), 20, 900, seed=0)
-    found = compute_masks(dynamics.label_flows(truth), logits(truth))
+    found = compute_masks(heat.label_flows(truth), logits(truth))
     assert found.dtype == np.uint32
     assert found.max() == truth.max() > 150
     assert matched(truth, found, 0.95) == 1.0
@@ -55,7 +54,7 @@ def crowd() -> Labels:
 
 @pytest.mark.parametrize("noise", [0.0, 0.2, 0.4])
 def test_blocks_equal_the_whole(crowd: Labels, noise: float) -> None:
-    flows, cellprob = dynamics.label_flows(crowd), logits(crowd)
+    flows, cellprob = heat.label_flows(crowd), logits(crowd)
     if noise > 0:
         flows = flows + smooth_noise(crowd.shape, 3, noise, seed=2)
         # Ragged edges and holes, so that objects are small, hollow and dropped.
@@ -65,9 +64,7 @@ def test_blocks_equal_the_whole(crowd: Labels, noise: float) -> None:
     for core, halo in [(64, 48), (150, 48), (163, 60), (300, 48), (599, 48)]:
         for corner in itertools.product(range(0, 600, max(core, 150)), repeat=2):
             padded = tuple(slice(max(a - halo, 0), min(a + core + halo, 600)) for a in corner)
-            inner = tuple(
-                slice(a - p.start, min(a + core, 600) - p.start) for a, p in zip(corner, padded, strict=True)
-            )
+            inner = tuple(slice(a - p.start, min(a + core, 600) - p.start) for a, p in zip(corner, padded, strict=True))
             block = compute_masks(flows[:, *padded], cellprob[padded])
             expected = whole[tuple(slice(a, a + core) for a in corner)]
             np.testing.assert_array_equal(numbered(block[inner]), numbered(expected))
@@ -75,12 +72,10 @@ def test_blocks_equal_the_whole(crowd: Labels, noise: float) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(label_fields(min_side=8, max_side=40), seeds, st.tuples(*[st.tuples(*[st.integers(1, 9)] * 2)] * 2))
-def test_moving_an_image_moves_its_labels(
-    field: Labels, seed: int, margin: tuple[tuple[int, int], ...]
-) -> None:
+def test_moving_an_image_moves_its_labels(field: Labels, seed: int, margin: tuple[tuple[int, int], ...]) -> None:
     # With background on all sides, since a particle may rest on the edge of the array.
     field = np.pad(field, 1)
-    flows = dynamics.label_flows(field) + smooth_noise(field.shape, 2, 0.2, seed)
+    flows = heat.label_flows(field) + smooth_noise(field.shape, 2, 0.2, seed)
     there = compute_masks(np.pad(flows, ((0, 0), *margin)), np.pad(logits(field), margin, constant_values=-3))
     inner = tuple(slice(before, -after) for before, after in margin)
     np.testing.assert_array_equal(there[inner], compute_masks(flows, logits(field)))
@@ -92,7 +87,7 @@ def test_the_cells_of_cellpose(noise: float) -> None:
     torch = pytest.importorskip("torch")
     cellpose = pytest.importorskip("cellpose.dynamics")
     truth = ellipses((200, 210), 20, 500, seed=4)
-    flows = dynamics.label_flows(truth) + smooth_noise(truth.shape, 2, max(noise, 1e-9), seed=5)
+    flows = heat.label_flows(truth) + smooth_noise(truth.shape, 2, max(noise, 1e-9), seed=5)
     ours = compute_masks(flows, logits(truth))
     theirs = cellpose.resize_and_compute_masks(flows * 5, logits(truth), device=torch.device("cpu"))
     assert theirs.max() > 70
@@ -107,7 +102,7 @@ def test_the_flows_of_cellpose() -> None:
     cell = ellipses((40, 40), 24, 4, seed=3) == 1
     # One object: with several, Cellpose lets all diffuse as long as the largest needs.
     theirs, _ = cellpose.masks_to_flows_gpu(cell.astype(np.int64), device=torch.device("cpu"))
-    ours = dynamics.label_flows(cell.astype(np.int32))
+    ours = heat.label_flows(cell.astype(np.int32))
     lengths = np.linalg.norm(ours, axis=0)[cell]
     assert np.median((ours * theirs).sum(0)[cell]) > 0.99
     assert ((lengths > 0.999) | (lengths == 0)).all()
@@ -128,7 +123,7 @@ def test_one_pixel_wide(axis: int) -> None:
     truth = np.zeros((1, 60), np.int32)
     truth[0, 3:25], truth[0, 25:50] = 1, 2
     truth = truth if axis == 1 else np.ascontiguousarray(truth.T)
-    found = compute_masks(dynamics.label_flows(truth), logits(truth))
+    found = compute_masks(heat.label_flows(truth), logits(truth))
     np.testing.assert_array_equal(found, truth)
 
 
@@ -139,9 +134,7 @@ def test_constant_flow_ends_at_the_border(step: tuple[float, float]) -> None:
     y, x = np.unravel_index(ends, ends.shape)
     rows, columns = np.indices(ends.shape)
     for end, start, toward, side in ((y, rows, step[0], 30), (x, columns, step[1], 41)):
-        np.testing.assert_array_equal(
-            end, start if toward == 0 else np.full_like(end, (side - 1) * (toward > 0))
-        )
+        np.testing.assert_array_equal(end, start if toward == 0 else np.full_like(end, (side - 1) * (toward > 0)))
     labels = compute_masks(flows, np.ones((30, 41), np.float32), flow_threshold=0)
     np.testing.assert_array_equal(labels, numbered(labels))
 
@@ -151,31 +144,25 @@ def test_what_is_no_flow_is_an_error(bad: float) -> None:
     flows = np.zeros((2, 8, 9), np.float32)
     flows[1, 2, 3] = bad
     cellprob = np.ones((8, 9), np.float32)
-    with pytest.raises(
-        ImageError, match=r"flow at pixel \(2, 3\) of the block is .*, which is no step; look for NaN"
-    ):
+    with pytest.raises(ImageError, match=r"flow at pixel \(2, 3\) of the block is .*, which is no step; look for NaN"):
         compute_masks(flows, cellprob)
     cellprob[2, 3] = np.nan  # not above any threshold: background, where flows do not count
     assert not compute_masks(flows, cellprob).any()
 
 
 def test_shapes_that_do_not_fit() -> None:
-    with pytest.raises(
-        SettingsError, match=r"flows of shape \(2, 8, 9\) do not fit .* give shape \(2, 9, 8\)"
-    ):
+    with pytest.raises(SettingsError, match=r"flows of shape \(2, 8, 9\) do not fit .* give shape \(2, 9, 8\)"):
         compute_masks(np.zeros((2, 8, 9), np.float32), np.zeros((9, 8), np.float32))
     with pytest.raises(SettingsError, match="flows over 3 axes cannot be followed"):
         compute_masks(np.zeros((3, 4, 4, 4), np.float32), np.zeros((4, 4, 4), np.float32))
     huge = np.broadcast_to(np.False_, (2**16, 2**15))
-    with pytest.raises(
-        SettingsError, match=r"block of shape \(65536, 32768\) has 2\*\*31 pixels or more; use"
-    ):
+    with pytest.raises(SettingsError, match=r"block of shape \(65536, 32768\) has 2\*\*31 pixels or more; use"):
         follow_flows(np.broadcast_to(np.float32(0), (2, *huge.shape)), huge, 1)
 
 
 def test_inputs_are_left_alone() -> None:
     truth = ellipses((60, 60), 16, 30, seed=6)
-    flows, cellprob = dynamics.label_flows(truth), logits(truth)
+    flows, cellprob = heat.label_flows(truth), logits(truth)
     flows.flags.writeable = cellprob.flags.writeable = False
     expected = compute_masks(flows, cellprob)
     every_other = np.zeros((2, 60, 120), np.float32)
@@ -188,15 +175,13 @@ def test_inputs_are_left_alone() -> None:
 
 def test_particles_follow_as_in_plain_numpy() -> None:
     truth = ellipses((50, 46), 16, 60, seed=7)
-    flows = dynamics.label_flows(truth) + smooth_noise(truth.shape, 2, 0.2, seed=8)
+    flows = heat.label_flows(truth) + smooth_noise(truth.shape, 2, 0.2, seed=8)
     inside = flows * (truth > 0)
     for niter in (0, 1, 7, 9):  # before the first look at what has settled
         ends = follow_flows(flows, truth > 0, niter)
         place = np.stack(np.nonzero(truth)).astype(np.float64)
         for _ in range(niter):
-            step = np.stack(
-                [ndimage.map_coordinates(axis, place, order=1, mode="nearest") for axis in inside]
-            )
+            step = np.stack([ndimage.map_coordinates(axis, place, order=1, mode="nearest") for axis in inside])
             place = np.clip(place + step, 0, np.array(truth.shape)[:, None] - 1)
         expected = np.ravel_multi_index(tuple(place.astype(int)), truth.shape)
         assert (ends[truth > 0] == expected).mean() > 0.99  # float32 against float64
@@ -205,7 +190,7 @@ def test_particles_follow_as_in_plain_numpy() -> None:
 
 def test_settled_particles_may_stop() -> None:
     truth = ellipses((120, 120), 20, 120, seed=9)
-    flows = dynamics.label_flows(truth)
+    flows = heat.label_flows(truth)
     labels = [compute_masks(flows, logits(truth), niter=niter) for niter in (200, 2000)]
     np.testing.assert_array_equal(*labels)
 
@@ -255,7 +240,7 @@ def test_where_sinks_meet_the_fuller_wins(left: int, right: int, owner: int) -> 
 def test_flow_error_is_the_mean_square() -> None:
     labels = np.array([[0, 1, 1, 1], [3, 1, 1, 1], [3, 3, 0, 0]], np.int32)
     flows = np.random.default_rng(0).standard_normal((2, *labels.shape)).astype(np.float32)
-    square = ((dynamics.label_flows(labels).astype(np.float64) - flows) ** 2).sum(axis=0)
+    square = ((heat.label_flows(labels).astype(np.float64) - flows) ** 2).sum(axis=0)
     expected = [square[labels == 1].mean(), 0, square[labels == 3].mean()]
     np.testing.assert_allclose(flow_errors(labels, flows), expected, rtol=1e-12)
 
@@ -263,7 +248,7 @@ def test_flow_error_is_the_mean_square() -> None:
 def test_flow_threshold_drops_what_the_network_contradicts() -> None:
     truth = np.zeros((40, 80), np.int32)
     truth[10:30, 10:30], truth[10:30, 45:65] = 1, 2
-    flows = dynamics.label_flows(truth)
+    flows = heat.label_flows(truth)
     flows[:, :, 40:] *= 0.3  # the right sinks, but far from unit length
     assert compute_masks(flows, logits(truth), flow_threshold=0).max() == 2
     kept = compute_masks(flows, logits(truth), flow_threshold=0.4)
@@ -274,7 +259,7 @@ def test_flow_threshold_drops_what_the_network_contradicts() -> None:
 def test_min_size_is_the_smallest_that_stays(min_size: int, n_objects: int) -> None:
     truth = np.zeros((30, 30), np.int32)
     truth[2:7, 2:7], truth[12:22, 12:22] = 1, 2
-    assert compute_masks(dynamics.label_flows(truth), logits(truth), min_size=min_size).max() == n_objects
+    assert compute_masks(heat.label_flows(truth), logits(truth), min_size=min_size).max() == n_objects
 
 
 @settings(deadline=None)
@@ -315,11 +300,11 @@ def test_renumbering(field: Labels, seed: int) -> None:
 @settings(deadline=None)
 @given(st.integers(2, 3).flatmap(lambda ndim: label_fields(ndim, max_side=9)))
 def test_boxes_and_unit_flows(field: Labels) -> None:
-    boxes = dynamics.object_boxes(field, int(field.max(initial=0)) + 1)
+    boxes = heat.object_boxes(field, int(field.max(initial=0)) + 1)
     for label, found in enumerate(ndimage.find_objects(field), start=1):
         assert boxes[label - 1].T.tolist() == [[s.start, s.stop] for s in found]
     assert (boxes[-1, 0] > boxes[-1, 1]).all()  # absent
-    flows = dynamics.label_flows(field)
+    flows = heat.label_flows(field)
     lengths = np.sqrt((flows.astype(np.float64) ** 2).sum(axis=0))
     np.testing.assert_allclose(lengths[lengths > 0], 1, rtol=1e-6)
     assert not flows[:, field == 0].any()
@@ -327,9 +312,9 @@ def test_boxes_and_unit_flows(field: Labels) -> None:
 
 def test_a_cell_flows_the_same_among_others() -> None:
     crowd = ellipses((80, 80), 18, 90, seed=10)
-    together = dynamics.label_flows(crowd)
+    together = heat.label_flows(crowd)
     for label in range(1, crowd.max() + 1):
-        alone = dynamics.label_flows((crowd == label).astype(np.int32))
+        alone = heat.label_flows((crowd == label).astype(np.int32))
         np.testing.assert_array_equal(alone, together * (crowd == label))
 
 
@@ -339,7 +324,7 @@ def test_warm_up_compiles_what_compute_masks_needs() -> None:
     before = [len(kernel.nopython_signatures) for kernel in kernels]
     assert len(kernels) > 10
     truth = connected(ellipses((50, 50), 16, 30, seed=11))
-    flows = dynamics.label_flows(truth)
+    flows = heat.label_flows(truth)
     compute_masks(flows, logits(truth))
     flows.flags.writeable = False
     compute_masks(flows, logits(truth))

@@ -72,7 +72,9 @@ def test_touching_finds_the_blocks_of_a_region(grid: BlockGrid, data: st.DataObj
 
 
 lattices = st.builds(
-    lambda shape, k: Lattice(shape, tile=32, stride=24, margin=4, tiles_per_chunk=k), shapes, st.integers(1, 4)
+    lambda shape, k: Lattice(shape, tile=32, stride=24, margin=4, tiles_per_chunk=k),
+    shapes,
+    st.integers(1, 4),
 )
 
 
@@ -86,7 +88,9 @@ def test_weights_of_all_tiles_add_up_to_one_everywhere(lattice: Lattice) -> None
             weights = weights * share.reshape((-1,) + (1,) * (len(tile) - 1 - axis))
         inside = overlap(region, tuple(slice(0, n) for n in lattice.shape))
         assert inside is not None
-        total[inside] += weights[tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(inside, region, strict=True))]
+        total[inside] += weights[
+            tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(inside, region, strict=True))
+        ]
     np.testing.assert_allclose(total, 1, rtol=1e-5)
 
 

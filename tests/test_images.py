@@ -112,9 +112,7 @@ def test_read_equals_slicing(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "sliced.zarr"
     array = np.arange(3 * 37 * 41, dtype="int32").reshape(3, 37, 41)
     if not path.exists():
-        zarr.create_array(
-            path, data=array, chunks=(1, 16, 16), shards=(1, 32, 32), dimension_names=["c", "y", "x"]
-        )
+        zarr.create_array(path, data=array, chunks=(1, 16, 16), shards=(1, 32, 32), dimension_names=["c", "y", "x"])
     image = open_image(path)
     region = []
     for n in array.shape:
@@ -169,9 +167,7 @@ def test_short_axes_do_not_contradict(tmp_path, caplog):
 )
 def test_spacing_um(tmp_path, unit, factor):
     multi = {"axes": [{"name": a, "type": "space", "unit": unit} for a in "yx"]}
-    image = open_image(
-        make_ome(tmp_path / "a.zarr", [noise(9, 9)], "yx", [scaled("0", [2.0, 3.0])], multi=multi)
-    )
+    image = open_image(make_ome(tmp_path / "a.zarr", [noise(9, 9)], "yx", [scaled("0", [2.0, 3.0])], multi=multi))
     assert image.spacing_um() == (None if factor is None else pytest.approx((2 * factor, 3 * factor)))
 
 
@@ -183,9 +179,7 @@ def test_zero_spacing_is_unknown(tmp_path, caplog):
 
 
 def test_channels(tmp_path):
-    omero = {
-        "omero": {"channels": [{"label": "dapi"}, {"label": "1"}, {"label": "gfp"}, {"label": "gfp"}, {}]}
-    }
+    omero = {"omero": {"channels": [{"label": "dapi"}, {"label": "1"}, {"label": "gfp"}, {"label": "gfp"}, {}]}}
     image = open_image(make_ome(tmp_path / "a.zarr", [noise(6, 9, 9)], "cyx", extra=omero))
     assert image.channels == ("dapi", "1", "gfp", "gfp", "4", "5")
     assert channel_index(image, None) == 0
@@ -205,9 +199,7 @@ def test_a_name_that_is_a_number_wins(tmp_path):
     assert (channel_index(image, "0"), channel_index(image, 0)) == (1, 0)
 
 
-@pytest.mark.parametrize(
-    "omero", ["text", {"channels": 5}, {"channels": [3]}, {"channels": [{"label": 7}]}, []]
-)
+@pytest.mark.parametrize("omero", ["text", {"channels": 5}, {"channels": [3]}, {"channels": [{"label": 7}]}, []])
 def test_strange_omero_is_ignored(tmp_path, omero):
     image = open_image(make_ome(tmp_path / "a.zarr", [noise(2, 9, 9)], "cyx", extra={"omero": omero}))
     assert image.channels == ("0", "1")
@@ -316,14 +308,10 @@ def test_axes_of_plain_arrays(tmp_path):
     zarr.create_array(tmp_path / "named.zarr", data=noise(9, 8, 7), dimension_names=["Y", "X", "C"])
     image = open_image(tmp_path / "named.zarr")
     assert (image.axes, image.shape) == ("cyx", (7, 9, 8))
-    zarr.create_array(
-        tmp_path / "x.zarr", data=noise(9, 8, 7), attributes={"_ARRAY_DIMENSIONS": list("zyx")}, **V2
-    )
+    zarr.create_array(tmp_path / "x.zarr", data=noise(9, 8, 7), attributes={"_ARRAY_DIMENSIONS": list("zyx")}, **V2)
     assert open_image(tmp_path / "x.zarr").axes == "zyx"
     zarr.create_array(tmp_path / "three.zarr", data=noise(3, 8, 7), dimension_names=["a", "y", "x"])
-    with pytest.raises(
-        ImageError, match=r"3 dimensions of lengths \(3, 8, 7\) and does not name them; give axes"
-    ):
+    with pytest.raises(ImageError, match=r"3 dimensions of lengths \(3, 8, 7\) and does not name them; give axes"):
         open_image(tmp_path / "three.zarr")
     assert open_image(tmp_path / "three.zarr", axes="cyx").axes == "cyx"
     with pytest.raises(ImageError, match="has 3 dimensions but axes 'yx'"):
@@ -351,9 +339,7 @@ def test_refused_dtypes(dtype):
         open_image(np.zeros((4, 4), dtype))
 
 
-@pytest.mark.parametrize(
-    "dtype", ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", ">u2", ">f4"]
-)
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", ">u2", ">f4"])
 def test_accepted_dtypes(tmp_path, dtype):
     array = noise(9, 9).astype(dtype)
     zarr.create_array(tmp_path / "a.zarr", data=array, zarr_format=2)
@@ -494,9 +480,7 @@ CODECS = {
 
 
 def stored(path: Path):
-    return sorted(
-        f for f in path.rglob("*") if f.is_file() and f.name not in ("zarr.json", ".zarray", ".zattrs")
-    )
+    return sorted(f for f in path.rglob("*") if f.is_file() and f.name not in ("zarr.json", ".zarray", ".zattrs"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "half", "empty"])
@@ -507,13 +491,9 @@ def test_cut_chunks_are_named(tmp_path, kind, damage):
     image = open_image(tmp_path / "a.zarr")
     chunk = stored(tmp_path / "a.zarr")[-1]
     whole_bytes = chunk.read_bytes()
-    chunk.write_bytes(
-        {"cut": whole_bytes[:-5], "half": whole_bytes[: len(whole_bytes) // 2], "empty": b""}[damage]
-    )
+    chunk.write_bytes({"cut": whole_bytes[:-5], "half": whole_bytes[: len(whole_bytes) // 2], "empty": b""}[damage])
     key = chunk.relative_to(tmp_path / "a.zarr").as_posix()
-    with pytest.raises(
-        ImageError, match=rf"chunk {re.escape(key)} of .*a\.zarr cannot be read .* y 40:64, x 0:64"
-    ):
+    with pytest.raises(ImageError, match=rf"chunk {re.escape(key)} of .*a\.zarr cannot be read .* y 40:64, x 0:64"):
         image.read(0, (slice(40, 64), slice(0, 64)))
     np.testing.assert_array_equal(image.read(0, (slice(0, 32), slice(0, 64))), array[:32])
 
@@ -526,9 +506,7 @@ def test_flipped_bits_are_named(tmp_path, kind):
     damaged[len(damaged) // 2] ^= 0xFF
     chunk.write_bytes(damaged)
     image = open_image(tmp_path / "a.zarr")
-    with pytest.raises(
-        ImageError, match=f"chunk {re.escape(chunk.relative_to(tmp_path / 'a.zarr').as_posix())} of"
-    ):
+    with pytest.raises(ImageError, match=f"chunk {re.escape(chunk.relative_to(tmp_path / 'a.zarr').as_posix())} of"):
         whole(image)
 
 
@@ -539,9 +517,7 @@ def test_corrupt_chunk_of_an_image_is_named_with_its_level(tmp_path):
     image = open_image(tmp_path / "a.zarr")
     with pytest.raises(ImageError, match=r"chunk 1/0 of|chunk c/1/0 of .*a\.zarr/1 cannot be read"):
         whole(image, 1)
-    with pytest.raises(
-        ImageError, match=r"chunk c/1/1 of .*a\.zarr/1 cannot be read \(Zstd.*restore the file"
-    ):
+    with pytest.raises(ImageError, match=r"chunk c/1/1 of .*a\.zarr/1 cannot be read \(Zstd.*restore the file"):
         image.read(1, (slice(16, 32), slice(16, 32)))
 
 
@@ -610,9 +586,7 @@ def test_tiff_reads_only_the_tiles_it_needs(tmp_path):
         whole(image)
 
 
-@pytest.mark.parametrize(
-    "options", [{"tile": (16, 16)}, {"tile": (16, 16), "compression": "lzw"}, {"rowsperstrip": 8}]
-)
+@pytest.mark.parametrize("options", [{"tile": (16, 16)}, {"tile": (16, 16), "compression": "lzw"}, {"rowsperstrip": 8}])
 def test_truncated_tiff(tmp_path, options):
     tifffile.imwrite(tmp_path / "a.tif", noise(128, 128), **options)
     with tifffile.TiffFile(tmp_path / "a.tif") as tif:
@@ -625,9 +599,7 @@ def test_truncated_tiff(tmp_path, options):
 def test_one_strip_warns_if_compressed(tmp_path, caplog):
     tifffile.imwrite(tmp_path / "a.tif", noise(64, 64), compression="zlib", rowsperstrip=64)
     array = whole(open_image(tmp_path / "a.tif"))
-    assert (
-        caplog.text.count("is compressed as one strip, so any window reads a whole plane; save it tiled") == 1
-    )
+    assert caplog.text.count("is compressed as one strip, so any window reads a whole plane; save it tiled") == 1
     caplog.clear()
     tifffile.imwrite(tmp_path / "b.tif", array, rowsperstrip=64)
     np.testing.assert_array_equal(whole(open_image(tmp_path / "b.tif")), array)

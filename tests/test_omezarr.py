@@ -1,4 +1,4 @@
-"""Labels and images out: read back by us, and judged by two independent validators."""
+"""Labels out and in: read back by us, and judged by two independent validators."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ import pytest
 import tifffile
 import yaozarrs
 import zarr
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tiledseg.errors import OutputError, SettingsError
+from tiledseg.errors import ImageError, OutputError, SettingsError
 from tiledseg.images import open_image
 from tiledseg.omezarr import (
+    LevelZero,
     create_labels,
     finish_labels,
     labels_exist,
     level_array,
+    open_labels,
     plan_labels,
     remove_labels,
     write_image,
@@ -67,9 +69,7 @@ def validate(path: Path, version: str):
 @pytest.fixture
 def image_of(tmp_path):
     def make(axes="yx", shape=(70, 51), version="0.5", chunk=16, **options):
-        write_image(
-            tmp_path / "a.ome.zarr", noise(*shape), axes=axes, version=version, chunk=chunk, **options
-        )
+        write_image(tmp_path / "a.ome.zarr", noise(*shape), axes=axes, version=version, chunk=chunk, **options)
         return open_image(tmp_path / "a.ome.zarr")
 
     return make
@@ -104,23 +104,6 @@ def test_labels_are_valid(tmp_path, image_of, version, axes, shape, inside):
     source = ome_of(plan.path)["image-label"].get("source")
     assert source == ({"image": "../../"} if inside else None)
     assert "colors" not in ome_of(plan.path)["image-label"]
-
-
-@VERSIONS
-@pytest.mark.parametrize("dtype", ["uint8", "float32"])
-@pytest.mark.parametrize("axes", ["yx", "cyx", "tzyx", "tczyx"])
-def test_images_are_valid(tmp_path, version, dtype, axes):
-    array = noise(
-        *{"yx": (40, 33), "cyx": (2, 40, 33), "tzyx": (2, 3, 40, 33)}.get(axes, (1, 2, 3, 40, 33)),
-        dtype=dtype,
-    )
-    write_image(tmp_path / "a.zarr", array, axes=axes, version=version, chunk=16)
-    validate(tmp_path / "a.zarr", version)
-    image = open_image(tmp_path / "a.zarr")
-    assert image.dtype == dtype
-    assert image.spacing_um() is None
-    for level in range(len(image.levels)):
-        assert image.missing_chunks(level, tuple(slice(None) for _ in axes)) == []
 
 
 @VERSIONS
@@ -174,9 +157,7 @@ def test_version(tmp_path, image_of):
     image = image_of(version="0.4")
     assert plan_labels(image, None, "cells", None).version == "0.4"
     assert plan_labels(image, tmp_path / "new.zarr", "cells", None).version == "0.5"
-    with pytest.raises(
-        SettingsError, match=r"a\.ome\.zarr is OME-Zarr 0\.4, not 0\.5; leave out the version"
-    ):
+    with pytest.raises(SettingsError, match=r"a\.ome\.zarr is OME-Zarr 0\.4, not 0\.5; leave out the version"):
         plan_labels(image, None, "cells", "0.5")
     with pytest.raises(SettingsError, match=r"version '0\.3' cannot be written"):
         plan_labels(image, None, "cells", "0.3")
@@ -184,9 +165,7 @@ def test_version(tmp_path, image_of):
     assert plan_labels(image, tmp_path / "two.zarr", "cells", None).version == "0.4"
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", ".hidden", "a/b", "a\\b", "a b", "zellen\n", "ä", "zarr.json", "../x"]
-)
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a\\b", "a b", "zellen\n", "ä", "zarr.json", "../x"])
 def test_bad_names(image_of, name):
     with pytest.raises(SettingsError, match=r"labels name .* is not allowed"):
         plan_labels(image_of(), None, name, None)
@@ -194,9 +173,7 @@ def test_bad_names(image_of, name):
 
 def test_places_that_cannot_hold_labels(tmp_path, image_of):
     array = open_image(noise(9, 9))
-    with pytest.raises(
-        OutputError, match=r"numpy array is no OME-Zarr image that can hold labels; say where with -o"
-    ):
+    with pytest.raises(OutputError, match=r"numpy array is no OME-Zarr image that can hold labels; say where with -o"):
         plan_labels(array, None, "cells", None)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("precious")
@@ -362,46 +339,85 @@ def test_processes_write_their_own_chunks(tmp_path):
     assert (values[1024:] == 1025).all()
 
 
-# ---- images --------------------------------------------------------------------------------------
+# ---- labels in -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
-@given(height=st.integers(1, 40), width=st.integers(1, 40), chunk=st.integers(4, 20), lazy=st.booleans())
-def test_means(tmp_path_factory, height, width, chunk, lazy):
-    path = tmp_path_factory.mktemp("means") / "a.zarr"
-    array = noise(2, height, width)
-    write_image(path, da.from_array(array, chunks=7) if lazy else array, axes="cyx", chunk=chunk)
-    image = open_image(path)
-    before = array
-    assert max(image.levels[-1].shape[1:]) <= chunk
-    for level in range(len(image.levels)):
-        pixels = image.read(level, (slice(None),) * 3)
-        np.testing.assert_array_equal(pixels, before)
-        padded = np.pad(
-            before, [(0, 0), (0, before.shape[1] % 2), (0, before.shape[2] % 2)], mode="edge"
-        ).astype(float)
-        four = padded[:, ::2, ::2] + padded[:, 1::2, ::2] + padded[:, ::2, 1::2] + padded[:, 1::2, 1::2]
-        before = np.rint(four / 4).astype("u2")
+@VERSIONS
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_only_labels_of_a_container_are_opened(tmp_path, image_of, version, inside):
+    image = image_of(version=version)
+    plan = plan_labels(image, None if inside else tmp_path / "out.zarr", "cells", version)
+    labels = noise(*plan.shape, dtype="uint32")
+    publish(plan, labels)
+    for path in (plan.root, str(plan.root), plan.path, plan.path / "0"):
+        found = open_labels(path)
+        assert (found.shape, found.dtype) == (plan.shape, np.dtype("u4"))
+        np.testing.assert_array_equal(found[:, :], labels)
 
 
-def test_write_image_refuses(tmp_path):
-    array = noise(2, 9, 9)
-    write_image(tmp_path / "a.zarr", array, axes="cyx", channels=["a", "b"])
-    assert open_image(tmp_path / "a.zarr").channels == ("a", "b")
-    with pytest.raises(OutputError, match=r"a\.zarr exists already"):
-        write_image(tmp_path / "a.zarr", array, axes="cyx")
-    for options in ({"channels": ["a"]}, {"spacing_um": (1.0,)}):
-        with pytest.raises(SettingsError, match="give 2 channels and 2 spacings"):
-            write_image(tmp_path / "b.zarr", array, axes="cyx", **options)
-    for options in ({"axes": "yxc"}, {"axes": "cyx", "version": "0.3"}):
-        with pytest.raises(SettingsError, match=r"cannot be written; use 'tczyx' in 0\.4 or 0\.5"):
-            write_image(tmp_path / "b.zarr", array, **options)
-    assert not (tmp_path / "b.zarr").exists()
+def test_one_of_several_labels_must_be_named(image_of):
+    image = image_of()
+    plans = [plan_labels(image, None, name, None) for name in ("cells", "nuclei")]
+    labels = [noise(*plan.shape, dtype="uint32") for plan in plans]
+    for plan, one in zip(plans, labels, strict=True):
+        publish(plan, one)
+    root = plans[0].root
+    with pytest.raises(ImageError) as caught:
+        open_labels(root)
+    assert str(caught.value) == f"{root} holds labels cells, nuclei; give one, as in {root}/labels/cells."
+    np.testing.assert_array_equal(open_labels(f"{root}/labels/cells")[:, :], labels[0])
+    np.testing.assert_array_equal(open_labels(f"{root}/labels/nuclei")[:, :], labels[1])
 
 
-def test_number_of_levels(tmp_path):
-    write_image(tmp_path / "a.zarr", noise(64, 64), axes="yx", n_levels=2, chunk=8)
-    assert len(open_image(tmp_path / "a.zarr").levels) == 2
+def test_labels_that_are_not_finished_do_not_count(image_of):
+    image = image_of()
+    plans = [plan_labels(image, None, name, None) for name in ("cells", "nuclei")]
+    publish(plans[0], np.full(plans[0].shape, 7, "u4"))
+    create_labels(plans[1], attributes={})
+    assert (open_labels(image.writable_group)[:, :] == 7).all()
+
+
+def test_labels_in_a_plain_array_and_a_tiff(tmp_path):
+    labels = noise(30, 21, dtype="uint32")
+    zarr.create_array(tmp_path / "a.zarr", data=labels, chunks=(16, 16))
+    tifffile.imwrite(tmp_path / "a.tif", labels)
+    for name in ("a.zarr", "a.tif"):
+        found = open_labels(tmp_path / name)
+        assert (found.shape, found.dtype) == ((30, 21), np.dtype("u4"))
+        np.testing.assert_array_equal(found[3:20, :], labels[3:20])
+    assert open_labels(tmp_path / "a.zarr").chunks == (16, 16)
+
+
+def test_no_labels_there(tmp_path):
+    with pytest.raises(ImageError, match=r"none\.zarr does not exist; check the path"):
+        open_labels(tmp_path / "none.zarr")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ImageError, match="folder is a folder but no Zarr"):
+        open_labels(tmp_path / "folder")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_level_zero_equals_slicing(data):
+    array = np.arange(3 * 7 * 9, dtype="u4").reshape(3, 7, 9)
+    level = LevelZero(open_image(array, axes="zyx"))
+    bounds = st.none() | st.integers(-12, 12)
+    wanted = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        start, stop = data.draw(bounds), data.draw(bounds)
+        wanted.append(slice(start, stop))
+    low_high = [part.indices(n)[:2] for part, n in zip(wanted, array.shape, strict=False)]
+    assume(all(low <= high for low, high in low_high))
+    region = wanted[0] if len(wanted) == 1 else tuple(wanted)
+    np.testing.assert_array_equal(level[region], array[region])
+
+
+def test_level_zero_is_full_size(image_of):
+    image = image_of(chunk=16)
+    level = LevelZero(image)
+    assert len(image.levels) == 4
+    assert (level.shape, level.dtype, level.chunks) == ((70, 51), np.dtype("u2"), (16, 16))
+    np.testing.assert_array_equal(level[10:], image.read(0, (slice(10, 70), slice(0, 51))))
 
 
 @pytest.mark.skipif(DATA is None, reason="needs TILEDSEG_DATA")

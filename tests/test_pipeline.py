@@ -61,7 +61,7 @@ def test_labels_do_not_depend_on_the_block_without_resampling(slide: Slide) -> N
 
 
 def test_labels_do_not_depend_on_who_works(
-    slide: Slide, whole: npt.NDArray[np.uint32], image_path: Path, tmp_path: Path, client: Any
+    whole: npt.NDArray[np.uint32], image_path: Path, tmp_path: Path, client: Any
 ) -> None:
     assert np.array_equal(labels_of(image_path, tmp_path / "two.zarr", client=client, block=256), whole)
     assert np.array_equal(labels_of(image_path, tmp_path / "one.zarr", workers=1, block=300), whole)
@@ -173,7 +173,7 @@ def test_the_table_measures_the_labels(image_path: Path) -> None:
     np.testing.assert_allclose(table["area_um2"], np.array(table["area"]) * 0.25)
     boxes = [table[f"bbox_{axis}_{edge}"] for edge in ("start", "stop") for axis in "yx"]
     assert [tuple(box) for box in zip(*boxes, strict=True)] == [p.bbox for p in props]
-    np.testing.assert_allclose(table["mean_0"], [p.mean_intensity for p in props], rtol=1e-6)
+    np.testing.assert_allclose(table["mean_0"], [p.intensity_mean for p in props], rtol=1e-6)
 
 
 def test_the_table_does_not_depend_on_the_block(slide: Slide) -> None:
@@ -249,11 +249,11 @@ def test_other_changed_settings_are_refused_by_name(image_path: Path) -> None:
 def test_another_image_at_the_same_place_is_refused(image_path: Path, slide: Slide) -> None:
     tiledseg.segment(image_path, diameter=DIAMETER)
     zarr.open_array(image_path / "0", mode="r+")[:] = slide[0][::-1]
-    with pytest.raises(SettingsError, match="image was '.*' and is now '.*'"):
+    with pytest.raises(SettingsError, match=r"image was '.*' and is now '.*'"):
         tiledseg.segment(image_path, diameter=DIAMETER)
 
 
-def test_labels_that_are_not_ours_are_never_touched(image_path: Path, slide: Slide) -> None:
+def test_labels_that_are_not_ours_are_never_touched(image_path: Path) -> None:
     tiledseg.segment(image_path, diameter=DIAMETER)
     scratch = image_path.parent / "slide.ome.zarr.cells.tiledseg"
     scratch.rename(scratch.with_name("gone"))
@@ -287,18 +287,18 @@ def test_a_chunk_that_is_missing_stops_the_run_unless_told_otherwise(image_path:
 def test_a_corrupt_chunk_stops_the_run_and_is_named(image_path: Path) -> None:
     chunk = image_path / "0" / "c" / "1" / "1"
     chunk.write_bytes(chunk.read_bytes()[:100])
-    with pytest.raises(ImageError, match="0/c/1/1"):
+    with pytest.raises(ImageError, match=r"chunk c/1/1 of .*slide.ome.zarr/0"):
         tiledseg.segment(image_path, diameter=DIAMETER)
     assert not (image_path / "labels").exists()
 
 
-def test_bad_input_is_refused_before_anything_is_written(image_path: Path, slide: Slide, tmp_path: Path) -> None:
+def test_bad_input_is_refused_before_anything_is_written(image_path: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ModelError, match="unknown model 'cyto9'; known are tiledseg-nuclei"):
+    with pytest.raises(ModelError, match=r"unknown model 'cyto9'; known are tiledseg-nuclei"):
         tiledseg.segment(image_path, model="cyto9")
     with pytest.raises(SettingsError, match="diameter 10000 px would scale"):
         tiledseg.segment(image_path, diameter=10_000)
-    with pytest.raises(SettingsError, match="too large|smaller than the halo"):
+    with pytest.raises(SettingsError, match="block 32 is smaller than the halo of 48 px"):
         tiledseg.segment(image_path, diameter=DIAMETER, block=32)
     with pytest.raises(ImageError, match="axis 'z' of length 3"):
         tiledseg.segment(np.zeros((3, 50, 50), np.uint8), axes="zyx")

@@ -10,10 +10,11 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Labels, label_fields, numbered, seeds
 
 from tiledseg.errors import SettingsError
 from tiledseg.seams import MAX_LABEL, agreement, exact_pairs, link, match_seam, node_index, number
+
+from .strategies import Labels, label_fields, numbered, seeds
 
 
 def row(*labels: int) -> npt.NDArray[np.uint32]:
@@ -85,9 +86,7 @@ def test_match_is_one_to_one_symmetric_and_as_counted(low: Labels, seed: int, mi
     assert agreement(low.astype(np.uint32), high, pairs) == (len(pairs), exact)
     if min_iou > 0.5:  # then at most one partner is good enough, and all of those must be there
         every = itertools.product(np.unique(low[low > 0]), np.unique(high[high > 0]))
-        n_good = sum(
-            ((low == a) & (high == b)).sum() / ((low == a) | (high == b)).sum() >= min_iou for a, b in every
-        )
+        n_good = sum(((low == a) & (high == b)).sum() / ((low == a) | (high == b)).sum() >= min_iou for a, b in every)
         assert n_good == len(pairs)
 
 
@@ -125,11 +124,7 @@ def test_link_refuses_unknown_nodes(pair: tuple[int, int]) -> None:
         link(np.array([pair], np.int64), 3)
 
 
-@given(
-    st.integers(1, 30).flatmap(
-        lambda n: st.tuples(st.just(n), st.lists(st.tuples(*[st.integers(0, n - 1)] * 2)))
-    )
-)
+@given(st.integers(1, 30).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.tuples(*[st.integers(0, n - 1)] * 2)))))
 def test_link_does_not_depend_on_order(case: tuple[int, list[tuple[int, int]]]) -> None:
     n_nodes, links = case
     roots = link(np.array(links, np.int64).reshape(-1, 2), n_nodes)
@@ -171,9 +166,7 @@ def cut(field: Labels, core: tuple[int, ...], halo: int, rng: np.random.Generato
     positions = np.arange(field.size, dtype=np.int64).reshape(field.shape)
     for corner in itertools.product(*[range(0, n, c) for n, c in zip(field.shape, core, strict=True)]):
         stop = [min(a + c, n) for a, c, n in zip(corner, core, field.shape, strict=True)]
-        box = [
-            (max(a - halo, 0), min(b + halo, n)) for a, b, n in zip(corner, stop, field.shape, strict=True)
-        ]
+        box = [(max(a - halo, 0), min(b + halo, n)) for a, b, n in zip(corner, stop, field.shape, strict=True)]
         seen = field[tuple(slice(*side) for side in box)]
         values = np.unique(seen[seen > 0])
         local = np.zeros(int(field.max()) + 1, np.uint32)
@@ -208,9 +201,7 @@ def stitched(field: Labels, core: tuple[int, ...], halo: int, seed: int) -> npt.
             continue
         pairs = match_seam(*seen, 0.5)
         assert agreement(*seen, pairs) == (len(pairs), len(pairs))
-        links.append(
-            np.stack([node_index(offsets, i, pairs[:, 0]), node_index(offsets, j, pairs[:, 1])], axis=1)
-        )
+        links.append(np.stack([node_index(offsets, i, pairs[:, 0]), node_index(offsets, j, pairs[:, 1])], axis=1))
     roots = link(np.concatenate(links), sum(counts))
     ids, n_objects = number(np.concatenate([block["first"] for block in blocks]), roots)
     assert n_objects == field.max(initial=0)
@@ -218,9 +209,7 @@ def stitched(field: Labels, core: tuple[int, ...], halo: int, seed: int) -> npt.
     for i, block in enumerate(blocks):
         table = np.zeros(counts[i] + 1, np.uint32)
         table[1:] = ids[node_index(offsets, i, np.arange(1, counts[i] + 1))]
-        inner = tuple(
-            slice(s.start - o[0], s.stop - o[0]) for s, o in zip(block["core"], block["box"], strict=True)
-        )
+        inner = tuple(slice(s.start - o[0], s.stop - o[0]) for s, o in zip(block["core"], block["box"], strict=True))
         out[block["core"]] = table[block["labels"][inner]]
     return out
 

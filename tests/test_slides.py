@@ -39,8 +39,7 @@ def touching(labels):
 def test_a_block_holds_the_pixels_of_the_whole(slide, data):
     image, labels = slide
     region = tuple(
-        slice(*sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True))))
-        for n in SHAPE
+        slice(*sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True)))) for n in SHAPE
     )
     block_image, block_labels = synthetic_slide_block(SHAPE, region, seed=3)
     np.testing.assert_array_equal(block_image, image[region])

@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     compare = _add(commands, "compare", _compare, "score labels against others")
     compare.add_argument("predicted", metavar="PREDICTED", help="labels: OME-Zarr, Zarr or TIFF")
     compare.add_argument("truth", metavar="TRUTH", help="labels to compare with")
-    compare.add_argument("--seams", type=int, metavar="BLOCK", help="score objects that cross an edge of such blocks apart")
+    compare.add_argument(
+        "--seams", type=int, metavar="BLOCK", help="score objects that cross an edge of such blocks apart"
+    )
     compare.add_argument("--exact", action="store_true", help="only say whether they are bit-identical")
 
     demo = _add(commands, "demo", _demo, "segment a real and a synthetic image, and score it")
@@ -194,7 +196,11 @@ def _compare(options: argparse.Namespace) -> int:
     if options.exact:
         n_different = exact_difference(predicted, truth)
         facts = {"exact": n_different == 0, "n_different": n_different}
-        _show(facts, options.json, lambda f: ["bit-identical" if f["exact"] else f"{f['n_different']} pixels differ"])
+        _show(
+            facts,
+            options.json,
+            lambda f: ["bit-identical" if f["exact"] else f"{f['n_different']} pixels differ"],
+        )
         return 0 if n_different == 0 else DIFFERENT
     found = compare(predicted, truth, block=options.seams)
     return _show(found.as_dict(), options.json, _comparison_text)
@@ -250,7 +256,7 @@ def _summary_text(facts: dict[str, Any]) -> list[str]:
         f"diameter     {_diameter_text(facts['diameter'])}",
         f"blocks       {facts['n_blocks']}, of which {facts['n_skipped_blocks']} skipped as empty",
         f"tiles        {facts['n_tiles']} computed, {facts['n_skipped_tiles']} skipped as empty",
-        f"seams        {facts['n_exact_pairs']} of {facts['n_pairs']} objects seen by two blocks are the same pixels in both",
+        f"seams        {facts['n_pairs']} objects seen by two blocks, {facts['n_exact_pairs']} as the same pixels",
         f"cut by halo  {facts['n_cut_by_halo']} objects"
         + ("; a larger --halo sees them whole" if facts["n_cut_by_halo"] else ""),
     ]
@@ -284,7 +290,17 @@ def _plan_text(facts: dict[str, Any]) -> list[str]:
         f"level {i}      shape {tuple(level['shape'])}, chunks {tuple(level['chunks'])}, {level['path'] or '.'}"
         for i, level in enumerate(image["levels"])
     ]
-    names = ("channel", "n_blocks", "diameter", "halo", "n_tiles", "working_shape", "labels", "table", "scratch")
+    names = (
+        "channel",
+        "n_blocks",
+        "diameter",
+        "halo",
+        "n_tiles",
+        "working_shape",
+        "labels",
+        "table",
+        "scratch",
+    )
     lines += [f"{name:<12} {facts[name]}" for name in names if facts.get(name) is not None]
     if facts.get("labels") is None:
         lines.append("labels       need a place of their own: give segment -o OUT.ome.zarr")

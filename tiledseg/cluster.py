@@ -141,7 +141,7 @@ class DaskExecutor:
     def _window(self) -> int:
         """Tasks to keep in flight for the workers there are now."""
         workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        return IN_FLIGHT_PER_THREAD * max(1, sum(worker["nthreads"] for worker in workers))
+        return IN_FLIGHT_PER_THREAD * max(1, sum(int(worker["nthreads"]) for worker in workers))
 
     def stream(self, function: Function, items: Iterable[Item], *args: Any) -> Iterator[tuple[Item, Any]]:
         """Yield ``(item, function(item, *args))`` as they end, in any order.
@@ -254,7 +254,10 @@ def _local_client(n_workers: int, device: str, scratch: Path | None) -> Iterator
         }
         for i, gpu in enumerate(devices)
     }
-    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1"}}
+    scheduler = {
+        "cls": Scheduler,
+        "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"},
+    }
     with (
         SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR) as cluster,
         Client(cluster, set_as_default=False) as client,

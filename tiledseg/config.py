@@ -29,9 +29,7 @@ __all__ = [
 
 def _option(default: Any, help_text: str, metavar: str | None = None, choices: tuple[str, ...] = ()) -> Any:
     """A dataclass field with what the command line shows of it."""
-    return dataclasses.field(
-        default=default, metadata={"help": help_text, "metavar": metavar, "choices": choices}
-    )
+    return dataclasses.field(default=default, metadata={"help": help_text, "metavar": metavar, "choices": choices})
 
 
 def _number(name: str, value: object, low: float, high: float, integer: bool = False) -> float:
@@ -70,7 +68,8 @@ class SurveyConfig:
         "auto|PX|12um",
     )
     foreground: str = _option(
-        "auto", "'auto' skips tiles and blocks in which nothing rises above the noise, 'off' skips none",
+        "auto",
+        "'auto' skips tiles and blocks in which nothing rises above the noise, 'off' skips none",
         choices=("auto", "off"),
     )
     missing_chunks: str = _option(
@@ -150,10 +149,13 @@ class MasksConfig:
     cellprob_threshold: float = _option(0.0, "cell logit above which a pixel may be part of a cell", "X")
     min_size: int = _option(15, "smallest object in pixels of the full-size image", "PX")
     niter: str | int = _option(
-        "auto", "steps a pixel may take along the flow: 'auto' is 200 in units of the network's grid", "auto|N"
+        "auto",
+        "steps a pixel may take along the flow: 'auto' is 200 in units of the network's grid",
+        "auto|N",
     )
     resample: bool = _option(
-        True, "follow the flows at full size (smooth outlines) or on the network's grid (faster if cells are large)"
+        True,
+        "follow the flows at full size (smooth outlines) or on the network's grid (faster if cells are large)",
     )
 
     def __post_init__(self) -> None:
@@ -208,7 +210,12 @@ class Settings:
         SettingsError
             If a keyword is unknown or a value is out of range.
         """
-        stages = {f.name: type(f.default) for f in dataclasses.fields(cls)}
+        stages: dict[str, type] = {
+            "survey": SurveyConfig,
+            "flows": FlowsConfig,
+            "masks": MasksConfig,
+            "publish": PublishConfig,
+        }
         home = {f.name: stage for stage, kind in stages.items() for f in dataclasses.fields(kind)}
         parts: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
         for name, value in values.items():

@@ -26,7 +26,11 @@ SPACING_UM = 0.5
 
 
 def run_demo(
-    folder: Path, *, side: int = SIDE, progress: Listener | None = None, say: Callable[[str], None] | None = None
+    folder: Path,
+    *,
+    side: int = SIDE,
+    progress: Listener | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Segment both images into a folder and score the synthetic one.
 
@@ -97,7 +101,11 @@ def _tissue(folder: Path, progress: Listener | None, tell: Callable[[str], None]
     found = segment(path, name="nuclei", progress=progress)
     overview(picture, found.labels.compute(), folder / "tissue.png")
     tell(f"  {found.report.n_objects} nuclei, diameter {_diameter(found)}; picture {folder / 'tissue.png'}")
-    return {"n_objects": found.report.n_objects, "labels": str(found.path), "picture": str(folder / "tissue.png")}
+    return {
+        "n_objects": found.report.n_objects,
+        "labels": str(found.path),
+        "picture": str(folder / "tissue.png"),
+    }
 
 
 def _slide(folder: Path, side: int, progress: Listener | None, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -113,7 +121,11 @@ def _slide(folder: Path, side: int, progress: Listener | None, tell: Callable[[s
     scores = compare(labels, truth, block=BLOCK)
     is_same = bool(np.array_equal(labels, whole))
     tell(f"  {found.report.n_objects} nuclei of {scores.overall.n_truth}, diameter {_diameter(found)}")
-    for name, score in (("overall", scores.overall), ("at seams", scores.at_seams), ("elsewhere", scores.elsewhere)):
+    for name, score in (
+        ("overall", scores.overall),
+        ("at seams", scores.at_seams),
+        ("elsewhere", scores.elsewhere),
+    ):
         if score is not None:
             values = ", ".join(f"{ap:.3f} at IoU {t:g}" for t, ap in zip(score.thresholds, score.ap, strict=True))
             tell(f"  average precision {name + ':':<10} {values} ({score.n_truth} nuclei)")

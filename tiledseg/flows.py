@@ -66,9 +66,7 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
     lattice, working = job.lattice, job.working
     chunk = tuple(int(i) for i in np.unravel_index(number, lattice.chunk_counts))
     tiles = lattice.tiles_of(chunk)
-    wanted = [
-        tile for tile in tiles if job.may_hold_cells(working.region_in_image(lattice.tile_region(tile)))
-    ]
+    wanted = [tile for tile in tiles if job.may_hold_cells(working.region_in_image(lattice.tile_region(tile)))]
     if wanted:
         network = load_network(job.model, job.device)
         outputs: dict[Index, FloatArray] = {}
@@ -92,7 +90,10 @@ def run(job: Job, executor: Executor, progress: Progress) -> dict[str, int]:
     n = len(job.shape) + 1
     ones = (1,) * len(lattice.chunk_counts)
     job.store.create(
-        "flows.zarr", (*lattice.chunk_counts, n, *lattice.piece_shape), (*ones, n, *lattice.piece_shape), "float16"
+        "flows.zarr",
+        (*lattice.chunk_counts, n, *lattice.piece_shape),
+        (*ones, n, *lattice.piece_shape),
+        "float16",
     )
     n_chunks = math.prod(lattice.chunk_counts)
     done = job.store.done("flows")

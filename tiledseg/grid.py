@@ -191,11 +191,11 @@ class WorkingGrid:
 
     def to_image(self, start: int, stop: int, axis: int) -> Positions:
         """Image coordinates of working pixels start..stop along an axis."""
-        return (np.arange(start, stop) + 0.5) / self.scale[axis] - 0.5
+        return (np.arange(start, stop, dtype=np.float64) + 0.5) / self.scale[axis] - 0.5
 
     def from_image(self, start: int, stop: int, axis: int) -> Positions:
         """Working coordinates of image pixels start..stop along an axis."""
-        return (np.arange(start, stop) + 0.5) * self.scale[axis] - 0.5
+        return (np.arange(start, stop, dtype=np.float64) + 0.5) * self.scale[axis] - 0.5
 
     def region_in_image(self, region: Region) -> Region:
         """The part of the image that a region of the working grid covers, clipped."""
@@ -224,7 +224,9 @@ def linear_weights(
     return low, high, (clamped - low).astype(np.float32)
 
 
-def interpolate(values: npt.NDArray[np.float32], positions: list[tuple[Positions, int, int]]) -> npt.NDArray[np.float32]:
+def interpolate(
+    values: npt.NDArray[np.float32], positions: list[tuple[Positions, int, int]]
+) -> npt.NDArray[np.float32]:
     """Linear interpolation along the last axes of an array, one axis after the other.
 
     Parameters
@@ -314,9 +316,7 @@ class Lattice:
 
     def piece_region(self, chunk: Index) -> Region:
         """What the piece of a chunk covers in working pixels; may reach outside the grid."""
-        starts = [
-            c * m * self.stride - self.margin for c, m in zip(chunk, self.chunk_tiles, strict=True)
-        ]
+        starts = [c * m * self.stride - self.margin for c, m in zip(chunk, self.chunk_tiles, strict=True)]
         return tuple(slice(start, start + n) for start, n in zip(starts, self.piece_shape, strict=True))
 
     def tiles_of(self, chunk: Index) -> list[Index]:

@@ -16,12 +16,18 @@ from .omezarr import LabelsPlan
 from .store import Store
 from .working import plane_shape
 
-__all__ = ["Diameter", "Job", "Surveyed"]
+__all__ = ["Diameter", "Job", "Surveyed", "halo_of"]
 
 CELLPROB_FLOOR = -8.0
 """The cell logit where the network was not asked; lower ones are raised to it."""
 
 HALO_DIAMETERS = 2.0
+
+
+def halo_of(settings: Settings, diameter: float) -> int:
+    """Pixels read around a block for cells of this diameter."""
+    halo = settings.masks.halo
+    return math.ceil(HALO_DIAMETERS * diameter) if halo == "auto" else int(halo)
 
 
 @dataclass(frozen=True)
@@ -147,8 +153,7 @@ class Job:
     @property
     def halo(self) -> int:
         """Pixels read around a block."""
-        halo = self.settings.masks.halo
-        return math.ceil(HALO_DIAMETERS * self.found.diameter.value) if halo == "auto" else int(halo)
+        return halo_of(self.settings, self.found.diameter.value)
 
     @property
     def blocks(self) -> BlockGrid:

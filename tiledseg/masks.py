@@ -100,8 +100,7 @@ def _labels_of(job: Job, region: Region) -> LabelArray:
         values = np.ascontiguousarray(interpolate(read_flows(job, needed), positions))
         return process_block(values, masks, job.niter, masks.min_size)
     nearest = [
-        np.clip(np.floor(c + 0.5).astype(np.int64), 0, n - 1)
-        for c, n in zip(coordinates, working.shape, strict=True)
+        np.clip(np.floor(c + 0.5).astype(np.int64), 0, n - 1) for c, n in zip(coordinates, working.shape, strict=True)
     ]
     needed = tuple(slice(int(i[0]), int(i[-1]) + 1) for i in nearest)
     volume = float(np.prod(working.scale))

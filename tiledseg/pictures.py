@@ -19,9 +19,7 @@ __all__ = ["overview"]
 ON_DARK = np.array(
     [[240, 228, 66], [86, 180, 233], [230, 159, 0], [0, 200, 140], [235, 120, 190], [235, 90, 20]], np.uint8
 )
-ON_LIGHT = np.array(
-    [[0, 0, 0], [0, 114, 178], [213, 94, 0], [0, 120, 85], [190, 50, 140], [120, 80, 0]], np.uint8
-)
+ON_LIGHT = np.array([[0, 0, 0], [0, 114, 178], [213, 94, 0], [0, 120, 85], [190, 50, 140], [120, 80, 0]], np.uint8)
 N_COLOURS = len(ON_DARK)
 LOW_PERCENTILE, HIGH_PERCENTILE = 1.0, 99.7
 
@@ -102,9 +100,7 @@ def overview(
         ) from error
 
 
-def _reduced_region(
-    shape: tuple[int, ...], window: tuple[slice, slice] | None, max_side: int
-) -> tuple[slice, slice]:
+def _reduced_region(shape: tuple[int, ...], window: tuple[slice, slice] | None, max_side: int) -> tuple[slice, slice]:
     """The window with the step that brings its longest side down to `max_side`."""
     wanted = window if window is not None else (slice(None), slice(None))
     rows, columns = (part.indices(length) for part, length in zip(wanted, shape, strict=True))

@@ -61,9 +61,7 @@ def process_block(
     ids, dense = np.unique(labels.ravel()[pixels], return_inverse=True)
     columns: list[npt.NDArray[Any]] = [ids, np.bincount(dense, minlength=ids.size)]
     coordinates = np.unravel_index(pixels, labels.shape)
-    columns += [
-        np.bincount(dense, weights=c + o, minlength=ids.size) for c, o in zip(coordinates, origin, strict=True)
-    ]
+    columns += [np.bincount(dense, weights=c + o, minlength=ids.size) for c, o in zip(coordinates, origin, strict=True)]
     compact = np.zeros(labels.size, np.int32)
     compact[pixels] = dense + 1
     boxes = find_objects(compact.reshape(labels.shape))

@@ -244,7 +244,5 @@ def number(first_pixels: Nodes, roots: Nodes, max_label: int = MAX_LABEL) -> tup
             "segment parts of the image, or raise --min-size if most of them are specks."
         )
     ids = np.zeros(roots.size, np.uint32)
-    ids[painting[np.argsort(first[painting], kind="stable")]] = np.arange(
-        1, painting.size + 1, dtype=np.uint32
-    )
+    ids[painting[np.argsort(first[painting], kind="stable")]] = np.arange(1, painting.size + 1, dtype=np.uint32)
     return ids[roots], int(painting.size)

@@ -139,8 +139,7 @@ def _draw(recipe: _Recipe, region: Region) -> tuple[npt.NDArray[np.uint16], npt.
     image, labels = np.empty(shape, np.uint16), np.empty(shape, np.uint32)
     for piece in _pieces(region):
         inside = tuple(
-            slice(part.start - whole.start, part.stop - whole.start)
-            for part, whole in zip(piece, region, strict=True)
+            slice(part.start - whole.start, part.stop - whole.start) for part, whole in zip(piece, region, strict=True)
         )
         wide = [slice(part.start - MARGIN, part.stop + MARGIN) for part in piece]
         nuclei = _nuclei(recipe, (wide[0], wide[1]))
@@ -160,8 +159,7 @@ def _draw(recipe: _Recipe, region: Region) -> tuple[npt.NDArray[np.uint16], npt.
 def _pieces(region: Region) -> Iterator[Region]:
     """Regions of at most PIECE pixels a side that partition a region."""
     rows, columns = (
-        [slice(at, min(at + PIECE, part.stop)) for at in range(part.start, part.stop, PIECE)]
-        for part in region
+        [slice(at, min(at + PIECE, part.stop)) for at in range(part.start, part.stop, PIECE)] for part in region
     )
     yield from itertools.product(rows, columns)
 
@@ -199,10 +197,7 @@ def _lattice(
         draw = generator.standard_normal if is_normal else generator.random
         top, left = (i - tiles[0][0]) * tile, (j - tiles[1][0]) * tile
         out[top : top + tile, left : left + tile] = draw((tile, tile, n), np.float32)
-    at = (
-        np.arange(part.start, part.stop) - of_axis[0] * tile
-        for part, of_axis in zip(region, tiles, strict=True)
-    )
+    at = (np.arange(part.start, part.stop) - of_axis[0] * tile for part, of_axis in zip(region, tiles, strict=True))
     return out[np.ix_(*at)]
 
 

@@ -153,7 +153,13 @@ class DiskStore:
         with disk_errors(where):
             where.parent.mkdir(parents=True, exist_ok=True)
             zarr.create_array(
-                where, shape=shape, chunks=chunks, dtype=dtype, fill_value=0, compressors=compressor, zarr_format=3
+                where,
+                shape=shape,
+                chunks=chunks,
+                dtype=dtype,
+                fill_value=0,
+                compressors=compressor,
+                zarr_format=3,
             )
 
     def open(self, name: str) -> Array:

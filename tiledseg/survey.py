@@ -124,7 +124,9 @@ class _Sampling:
 
     def region(self, number: int) -> Region:
         index = np.unravel_index(number, self.counts)
-        return tuple(slice(int(i) * REGION, min((int(i) + 1) * REGION, n)) for i, n in zip(index, self.shape, strict=True))
+        return tuple(
+            slice(int(i) * REGION, min((int(i) + 1) * REGION, n)) for i, n in zip(index, self.shape, strict=True)
+        )
 
     def sampled(self, region: Region) -> tuple[slice, ...]:
         """The sampled pixels of a region: every `step`-th of the whole level."""
@@ -160,9 +162,7 @@ def survey_region(number: int, job: Job) -> dict[str, Any]:
         cells = tuple(slice(p.start // CELL, -(-p.stop // CELL)) for p in region)
         job.store.open("survey.zarr/cells")[(slice(None), *cells)] = process_block(values, core)
     extremes = values[core]
-    job.store.save(
-        f"survey.zarr/facts-{number}", np.array([n_nonfinite, extremes.min(), extremes.max()], np.float64)
-    )
+    job.store.save(f"survey.zarr/facts-{number}", np.array([n_nonfinite, extremes.min(), extremes.max()], np.float64))
     return {"peak": peak_memory()}
 
 
@@ -184,11 +184,12 @@ def run(job: Job, executor: Executor, progress: Progress) -> Surveyed:
     n_regions = math.prod(sampling.counts)
     cells_per_region = REGION // CELL
     job.store.create(
-        "survey.zarr/samples", (n_regions, sampling.samples_per_region), (1, sampling.samples_per_region), "float32"
+        "survey.zarr/samples",
+        (n_regions, sampling.samples_per_region),
+        (1, sampling.samples_per_region),
+        "float32",
     )
-    job.store.create(
-        "survey.zarr/cells", (3, *sampling.cells), (3, cells_per_region, cells_per_region), "float32"
-    )
+    job.store.create("survey.zarr/cells", (3, *sampling.cells), (3, cells_per_region, cells_per_region), "float32")
     job.store.create("survey.zarr/foreground", sampling.cells, (1024, 1024), "bool")
     done = job.store.done("survey")
     progress.start("survey", n_regions, len(done))
@@ -215,7 +216,10 @@ def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
     if not high > low and not is_constant:
         logger.warning(
             "percentiles 1 and 99 of %s are both %g; normalising by its smallest and largest value, %g and %g.",
-            job.image.name, low, lowest, highest,
+            job.image.name,
+            low,
+            lowest,
+            highest,
         )
         low, high = lowest, highest
     if is_constant:
@@ -286,7 +290,10 @@ def _find_diameter(job: Job, found: Surveyed, executor: Executor, progress: Prog
     if sizes.size < MIN_OBJECTS:
         logger.warning(
             "only %d objects were found in %d windows of %s: the diameter %.1f px is a guess; give --diameter.",
-            sizes.size, len(centres), job.image.name, value,
+            sizes.size,
+            len(centres),
+            job.image.name,
+            value,
         )
         return Diameter(value, "default", (value, value), int(sizes.size), len(centres))
     low, high = (float(v) for v in np.percentile(sizes, [25, 75]))
@@ -308,7 +315,9 @@ def _window_centres(job: Job, diameter: float, per_axis: int) -> Iterator[Centre
         if foreground is None:
             yield middle
             continue
-        part = tuple(slice(int(a / s), max(int(a / s) + 1, math.ceil(b / s))) for (a, b), s in zip(edges, cell, strict=True))
+        part = tuple(
+            slice(int(a / s), max(int(a / s) + 1, math.ceil(b / s))) for (a, b), s in zip(edges, cell, strict=True)
+        )
         where = np.argwhere(foreground[part])
         if where.size:
             centres = (where + [p.start for p in part] + 0.5) * cell

@@ -96,9 +96,11 @@ def _describe(name: str, path: Path, _modified: int) -> Model:
     facts = path.with_suffix(".json")
     if name in KNOWN_MODELS:
         card = json.loads(facts.read_text())
-        size = SizeModel(tuple(card["size"]["A"]), tuple(card["size"]["smean"]), card["diam_mean"], card["size"]["ymean"])
+        size = SizeModel(
+            tuple(card["size"]["A"]), tuple(card["size"]["smean"]), card["diam_mean"], card["size"]["ymean"]
+        )
         return Model(name, path, sha256, card["diam_mean"], size=size)
-    from .runner import read_state
+    from .unet import read_state
 
     state = read_state(path)
     return Model(name, path.resolve(), sha256, float(state["diam_mean"]))

@@ -11,51 +11,20 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import ModelError
 from .models import Model
-from .unet import ResidualUNet
+from .unet import read_state, unet_of
 
-__all__ = ["Network", "load_network", "read_state"]
+__all__ = ["Network", "load_network", "torch_threads_kept"]
 
 Tiles = npt.NDArray[np.float32]
 
 BATCH = {"cpu": 1, "cuda": 8}
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The state dict of a residual U-Net, as float32.
-
-    Raises
-    ------
-    ModelError
-        If the file is not a state dict of tensors with the keys of Cellpose 1-3.
-    """
-    import pickle
-
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model file {path} cannot be read as weights; give a Cellpose 1-3 model file.") from error
-    needed = {"diam_mean", "output.2.weight", "downsample.down.res_down_0.conv.conv_0.2.weight"}
-    if not isinstance(state, dict) or not needed <= state.keys():
-        raise ModelError(f"model file {path} is not a residual U-Net in the layout of Cellpose 1-3.")
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-
-
-def _widths(state: dict[str, Any]) -> tuple[int, ...]:
-    """Channels of the input and of each depth, read off the weights."""
-    first = "downsample.down.res_down_0.conv.conv_0.2.weight"
-    widths = [int(state[first].shape[1])]
-    while (key := f"downsample.down.res_down_{len(widths) - 1}.conv.conv_0.2.weight") in state:
-        widths.append(int(state[key].shape[0]))
-    return tuple(widths)
 
 
 class Network:
@@ -70,13 +39,8 @@ class Network:
     """
 
     def __init__(self, model: Model, device: str) -> None:
-        state = read_state(model.path)
-        self._net = ResidualUNet(_widths(state), n_out=int(state["output.2.weight"].shape[0]))
-        try:
-            self._net.load_state_dict(state)
-        except RuntimeError as error:
-            raise ModelError(f"model file {model.path} lacks layers of the residual U-Net of Cellpose 1-3.") from error
-        self._net = self._net.eval().to(device, memory_format=torch.channels_last)
+        net = unet_of(read_state(model.path), model.path)
+        self._net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._device = device
         self.batch = BATCH[device]
         # One forward pass at a time on a GPU: tasks overlap by reading while another computes.
@@ -133,3 +97,13 @@ def load_network(model: Model, device: str) -> Network:
 @functools.lru_cache(maxsize=4)
 def _load(model: Model, device: str) -> Network:
     return Network(model, device)
+
+
+@contextlib.contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Give torch the threads back that it had before networks ran in this process."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

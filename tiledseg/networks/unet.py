@@ -12,10 +12,16 @@ Nature Methods 18, 100-106.
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ResidualUNet"]
+from ..errors import ModelError
+
+__all__ = ["ResidualUNet", "read_state", "unet_of"]
 
 
 def _norm_relu_conv(n_in: int, n_out: int, size: int) -> nn.Sequential:
@@ -157,3 +163,46 @@ class ResidualUNet(nn.Module):
         style = style / style.pow(2).sum(dim=1, keepdim=True).sqrt()
         output: Tensor = self.output(self.upsample(style, features))
         return output, style
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state dict of a residual U-Net, as float32.
+
+    Raises
+    ------
+    ModelError
+        If the file is not a state dict of tensors with the keys of Cellpose 1-3.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model file {path} cannot be read as weights; give a Cellpose 1-3 model file.") from error
+    needed = {"diam_mean", "output.2.weight", "downsample.down.res_down_0.conv.conv_0.2.weight"}
+    if not isinstance(state, dict) or not needed <= state.keys():
+        raise ModelError(f"model file {path} is not a residual U-Net in the layout of Cellpose 1-3.")
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def unet_of(state: dict[str, Any], path: Path) -> ResidualUNet:
+    """The network of a state dict, as wide and deep as its weights say.
+
+    Raises
+    ------
+    ModelError
+        If layers are missing or do not fit; names the file.
+    """
+    net = ResidualUNet(_widths(state), n_out=int(state["output.2.weight"].shape[0]))
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"model file {path} lacks layers of the residual U-Net of Cellpose 1-3.") from error
+    return net
+
+
+def _widths(state: dict[str, Any]) -> tuple[int, ...]:
+    """Channels of the input and of each depth, read off the weights."""
+    first = "downsample.down.res_down_0.conv.conv_0.2.weight"
+    widths = [int(state[first].shape[1])]
+    while (key := f"downsample.down.res_down_{len(widths) - 1}.conv.conv_0.2.weight") in state:
+        widths.append(int(state[key].shape[0]))
+    return tuple(widths)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tiledseg.compare import compare, exact_difference
 from tiledseg.errors import SettingsError
+from tiledseg.scoring import compare, exact_difference
 
 THRESHOLDS = (0.3, 0.5, 0.6, 0.9)
 
@@ -233,9 +233,7 @@ def test_zarr_and_dask_with_an_extra_axis(tmp_path: Path):
     rng = np.random.default_rng(0)
     truth = np.kron(rng.integers(0, 5, (11, 7)), np.ones((5, 5), int)).astype(np.uint32)
     predicted = np.roll(truth, 2, axis=1)
-    stored = zarr.create_array(
-        tmp_path / "predicted.zarr", shape=(1, 1, 55, 35), chunks=(1, 1, 16, 8), dtype="uint32"
-    )
+    stored = zarr.create_array(tmp_path / "predicted.zarr", shape=(1, 1, 55, 35), chunks=(1, 1, 16, 8), dtype="uint32")
     stored[0, 0] = predicted
     lazy = da.from_array(truth, chunks=(20, 9))
     seen = []

@@ -1,0 +1,130 @@
+"""Nothing lost: commands and workers are really killed, and what they had done is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+import tiledseg
+from tiledseg.omezarr import write_image
+from tiledseg.slides import synthetic_slide
+from tiledseg.store import DiskStore
+
+SETTINGS = {"diameter": 12.0, "block": 128}
+STAGES = ["flows.journal", "masks-*/masks.journal", "masks-*/seams.journal", "masks-*/publish-0.journal"]
+
+
+@pytest.fixture(scope="module")
+def image_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    image, _ = synthetic_slide((760, 1000), diameter=12.0, seed=1)
+    path = tmp_path_factory.mktemp("resume") / "slide.ome.zarr"
+    write_image(path, image, axes="yx", chunk=128)
+    return path
+
+
+def command(image: Path, output: Path, *more: str) -> list[str]:
+    flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    return [
+        sys.executable,
+        "-m",
+        "tiledseg.cli",
+        "segment",
+        str(image),
+        "-o",
+        str(output),
+        "--json",
+        *flags,
+        *more,
+    ]
+
+
+def journal_lines(scratch: Path, pattern: str) -> int:
+    return sum(path.read_text().count(".") for path in scratch.glob(pattern))
+
+
+def run_until(journal: str, image: Path, output: Path) -> bool:
+    """Start the command, kill it with its journal's first line; False if it ended before."""
+    scratch = output.parent / f"{output.name}.cells.tiledseg"
+    with subprocess.Popen(command(image, output), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while process.poll() is None:
+            if journal_lines(scratch, journal) > 0:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return True
+            time.sleep(0.002)
+        assert process.returncode == 0, process.stderr.read().decode()  # type: ignore[union-attr]
+    return False
+
+
+def test_a_killed_command_goes_on_where_it_was(image_path: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.ome.zarr"
+    killed = [journal for journal in STAGES if run_until(journal, image_path, output)]
+    assert "flows.journal" in killed
+    assert not (output / "labels" / "zarr.json").exists() or len(killed) < len(STAGES)
+    ended = subprocess.run(command(image_path, output), capture_output=True, check=True)
+    report = json.loads(ended.stdout)
+    assert report["kept"]["flows"] > 0
+    reference = tiledseg.segment(zarr.open_array(image_path / "0", mode="r")[:], **SETTINGS)
+    labels = zarr.open_array(output / "labels" / "cells" / "0", mode="r")[:]
+    assert np.array_equal(labels, reference.labels.compute())
+    for stage, kept in report["kept"].items():
+        total = reference.report.computed[stage] if stage not in ("publish",) else None
+        assert total is None or kept + report["computed"][stage] == total, stage
+
+
+def kill_a_worker_when(journal: str, client: Any, scratch: Path) -> list[int]:
+    """Kill one worker once a stage has begun; runs beside the segmentation."""
+    killed: list[int] = []
+    until = time.monotonic() + 120
+    while not killed and time.monotonic() < until:
+        if journal_lines(scratch, journal) > 0:
+            pids = list(client.run(os.getpid).values())
+            os.kill(pids[0], signal.SIGKILL)
+            killed.append(pids[0])
+        time.sleep(0.002)
+    return killed
+
+
+@pytest.mark.parametrize("journal", ["flows.journal", "masks-*/masks.journal"])
+def test_a_killed_worker_costs_only_its_own_pieces(image_path: Path, tmp_path: Path, client: Any, journal: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    output = tmp_path / "out.ome.zarr"
+    scratch = tmp_path / "out.ome.zarr.cells.tiledseg"
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill_a_worker_when, journal, client, scratch)
+        found = tiledseg.segment(image_path, output, client=client, **SETTINGS)
+        assert killed.result()
+    reference = tiledseg.segment(zarr.open_array(image_path / "0", mode="r")[:], **SETTINGS)
+    assert np.array_equal(found.labels.compute(), reference.labels.compute())
+    client.wait_for_workers(2, timeout=60)
+
+
+def test_a_torn_line_of_a_journal_is_not_counted(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    store.mark("flows", [3, 141])
+    with (tmp_path / "flows.journal").open("a") as journal:
+        journal.write("\n5")
+    assert store.done("flows") == {3, 141}
+    store.mark("flows", [59])
+    assert store.done("flows") == {3, 141, 59}
+
+
+def test_documents_are_there_completely_or_not_at_all(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    assert store.read_json("a/b.json") is None
+    store.write_json("a/b.json", {"x": 1})
+    (tmp_path / "a" / "b.json.1.partial").write_text('{"x"')
+    assert store.read_json("a/b.json") == {"x": 1}
+    store.remove("a/")
+    assert store.read_json("a/b.json") is None

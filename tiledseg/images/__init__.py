@@ -1,0 +1,106 @@
+"""Opening inputs: OME-Zarr, Zarr, TIFF and arrays in memory behind one :class:`Image`.
+
+An image is opened from its metadata alone. Pixels are read region by region, in the canonical order
+of axes, from any process: only a path travels. Metadata is written by others and is not trusted.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ImageError
+from .assembly import StoredLevel, assemble_image, check_array, given_axes
+from .image import Image, Level, MemorySource, Source
+
+__all__ = ["Image", "Level", "MemorySource", "Source", "channel_index", "open_image"]
+
+
+def open_image(source: Any, *, axes: str | None = None) -> Image:
+    """Open an image without reading its pixels.
+
+    Parameters
+    ----------
+    source : str, path, zarr.Array, dask array or numpy array
+        An OME-Zarr 0.4 or 0.5 image, a Zarr array, a TIFF or OME-TIFF, a path inside a Zarr container,
+        or an array. A dask array is computed region by region, in threads of this process.
+    axes : str, optional
+        Axes of the stored array, in its order, where the file does not say.
+
+    Returns
+    -------
+    image : Image
+
+    Raises
+    ------
+    ImageError
+        If there is nothing there, or it is not an image that can be read.
+    """
+    import zarr
+
+    from .from_tiff import open_tiff
+    from .from_zarr import open_zarr
+
+    if isinstance(source, zarr.Array):
+        if isinstance(source.store, zarr.storage.LocalStore):
+            return open_zarr(Path(source.store.root) / source.path, axes)
+        return _from_memory(source, "zarr array", axes)
+    if isinstance(source, np.ndarray):
+        return _from_memory(source, "numpy array", axes)
+    if hasattr(source, "__dask_graph__") and hasattr(source, "chunksize"):
+        return _from_memory(source, "dask array", axes)
+    if not isinstance(source, str | os.PathLike):
+        raise ImageError(f"a {type(source).__name__} is no image; give a path or an array.")
+    if "://" in os.fspath(source):
+        raise ImageError(f"{source} is remote, which is not supported yet; copy it to a local disk.")
+    path = Path(source)
+    if not path.exists():
+        raise ImageError(f"{path} does not exist; check the path.")
+    return open_zarr(path, axes) if path.is_dir() else open_tiff(path, axes)
+
+
+def channel_index(image: Image, channel: str | int | None) -> int:
+    """Find a channel.
+
+    Parameters
+    ----------
+    image : Image
+    channel : str, int or None
+        Name or index; text that is no name but a number is an index. None is the first.
+
+    Returns
+    -------
+    index : int
+
+    Raises
+    ------
+    ImageError
+        If there is none, or several of that name.
+    """
+    known = ", ".join(f"{i} {name!r}" if name != str(i) else name for i, name in enumerate(image.channels))
+    if channel is None:
+        return 0
+    named = [i for i, name in enumerate(image.channels) if name == channel]
+    if len(named) > 1:
+        raise ImageError(f"{image.name} has several channels {channel!r}; give an index ({known}).")
+    if named:
+        return named[0]
+    number = str(channel)
+    if number.isascii() and number.isdigit() and int(number) < image.n_channels:
+        return int(number)
+    raise ImageError(f"{image.name} has no channel {channel!r}; it has {known}.")
+
+
+def _from_memory(array: Any, name: str, axes: str | None) -> Image:
+    """An array the caller holds."""
+    shape = tuple(array.shape)
+    if any(math.isnan(size) for size in shape):
+        raise ImageError(f"the {name} has an unknown shape {shape}; call compute_chunk_sizes() on it.")
+    check_array(shape, array.dtype, f"the {name}")
+    axes = given_axes(axes, shape, f"the {name}")
+    chunks = getattr(array, "chunksize", None) or getattr(array, "chunks", None) or shape
+    return assemble_image(name, MemorySource(array, axes), array.dtype, [StoredLevel("", shape, chunks)])

@@ -1,0 +1,285 @@
+"""An opened image: its metadata, and its pixels region by region in the canonical order of axes.
+
+Only a path travels to other processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..axes import spatial_axes
+from ..errors import ImageError
+from .damage import BAD_FILE, failing_chunks, stored_keys, torn_chunks
+from .units import MICROMETERS
+
+__all__ = ["DROPPED", "Image", "Level", "MemorySource", "Source", "listed_names"]
+
+DROPPED = "-"  # stands in the disk order for an axis of length 1 that an image does not have
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of an image."""
+
+    path: str
+    """Component inside the container, e.g. ``"0"``; ``""`` for a bare array."""
+    shape: tuple[int, ...]
+    """Pixels per axis of `Image.axes`."""
+    chunks: tuple[int, ...]
+    """Pixels read at once per axis of `Image.axes`; inside a shard, its inner chunk."""
+    scale: tuple[float, ...]
+    """Level-0 pixels per pixel of this level, per spatial axis."""
+    offset: tuple[float, ...]
+    """Level-0 coordinate of the centre of pixel 0 of this level, per spatial axis."""
+
+
+class Source(Protocol):
+    """Where pixels come from: opens lazily, and in another process anew."""
+
+    @property
+    def axes(self) -> str:
+        """Axes in the order on disk; ``-`` for an axis to be dropped."""
+
+    def open(self, level: int, path: str) -> Any:
+        """An array that can be sliced."""
+
+    def chunk_folder(self, path: str) -> Path | None:
+        """Folder of a level's chunks, None for what is no local Zarr."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """An opened image; pixels are read by :meth:`read` only."""
+
+    name: str
+    """What the user gave, for messages."""
+    axes: str
+    """Subset of ``"tczyx"`` in that order."""
+    dtype: np.dtype[Any]
+    levels: tuple[Level, ...]
+    """Finest first, never empty."""
+    spacing: tuple[float | None, ...]
+    """Size of a level-0 pixel per axis, in `units`; None if unknown."""
+    translation: tuple[float, ...]
+    """Position of the centre of level-0 pixel 0 per axis, in `units`."""
+    units: tuple[str | None, ...]
+    """Unit per axis, e.g. ``"micrometer"``."""
+    channels: tuple[str, ...]
+    """Names, or ``"0"``, ``"1"``, ...; one if there is no channel axis."""
+    source: Source
+    writable_group: Path | None = None
+    """Local OME-Zarr image that labels can be written into."""
+    zarr_format: int | None = None
+    ome_version: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Pixels of level 0 per axis."""
+        return self.levels[0].shape
+
+    @property
+    def spatial_axes(self) -> str:
+        """``"yx"`` or ``"zyx"``."""
+        return spatial_axes(self.axes)
+
+    @property
+    def spatial_shape(self) -> tuple[int, ...]:
+        """Pixels of level 0 per spatial axis."""
+        return tuple(self.shape[self.axes.index(letter)] for letter in self.spatial_axes)
+
+    @property
+    def n_channels(self) -> int:
+        """Length of the channel axis, 1 if there is none."""
+        return len(self.channels)
+
+    @property
+    def is_shippable(self) -> bool:
+        """Whether another process can open it; an array in memory cannot be."""
+        return not isinstance(self.source, MemorySource)
+
+    def spacing_um(self) -> tuple[float, ...] | None:
+        """Size of a level-0 pixel in micrometres per spatial axis, None unless all are known."""
+        found = []
+        for letter in self.spatial_axes:
+            at = self.axes.index(letter)
+            spacing, unit = self.spacing[at], self.units[at]
+            if spacing is None or unit not in MICROMETERS:
+                return None
+            found.append(spacing * MICROMETERS[unit])
+        return tuple(found)
+
+    def read(self, level: int, region: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """Read pixels.
+
+        Parameters
+        ----------
+        level : int
+            Index into `levels`.
+        region : tuple of slice
+            One per axis of `axes`, step 1, inside the level.
+
+        Returns
+        -------
+        pixels : array of `dtype`, shape of `region`
+            In the order of `axes`, contiguous, native byte order. NaN is left as it is.
+
+        Raises
+        ------
+        ImageError
+            If the region is outside the image, or a chunk it touches is corrupt.
+        """
+        bounds = self._bounds(level, region)
+        array = self._array(level)
+        torn = torn_chunks(array, self._folder(level), self._on_disk(bounds))
+        if torn:
+            self._raise_corrupt(level, bounds, torn, "the stored file is cut short", None)
+        try:
+            pixels = array[self._on_disk(bounds)]
+            if hasattr(pixels, "__dask_graph__"):
+                pixels = pixels.compute(scheduler="threads")
+        except BAD_FILE as error:
+            if not hasattr(array, "metadata"):
+                raise
+            failing = failing_chunks(array, self._on_disk(bounds))
+            if not failing and isinstance(error, MemoryError):
+                raise
+            self._raise_corrupt(level, bounds, failing, str(error) or type(error).__name__, error)
+        kept = self.source.axes.replace(DROPPED, "")
+        pixels = np.asarray(pixels).transpose([kept.index(letter) for letter in self.axes])
+        return np.ascontiguousarray(pixels, dtype=self.dtype)
+
+    def missing_chunks(self, level: int, region: tuple[slice, ...]) -> list[str]:
+        """Chunks that a region touches and that are not stored, so that it reads as fill value there.
+
+        Parameters
+        ----------
+        level : int
+            Index into `levels`.
+        region : tuple of slice
+            One per axis of `axes`, step 1, inside the level.
+
+        Returns
+        -------
+        keys : list of str
+            Storage keys such as ``"0/c/1/2"`` (of shards, if there are any) of a Zarr on a local disk;
+            empty for other sources.
+        """
+        bounds = self._bounds(level, region)
+        folder = self._folder(level)
+        if folder is None:
+            return []
+        keys = stored_keys(self._array(level), self._on_disk(bounds))
+        return [_join(self.levels[level].path, key) for key in keys if not (folder / key).is_file()]
+
+    def describe(self) -> dict[str, Any]:
+        """What is known about the image, ready for JSON."""
+        return {
+            "name": self.name,
+            "axes": self.axes,
+            "dtype": str(self.dtype),
+            "shape": list(self.shape),
+            "spacing": list(self.spacing),
+            "units": list(self.units),
+            "translation": list(self.translation),
+            "spacing_um": self.spacing_um(),
+            "channels": list(self.channels),
+            "zarr_format": self.zarr_format,
+            "ome_version": self.ome_version,
+            "levels": [{key: _plain(value) for key, value in vars(level).items()} for level in self.levels],
+        }
+
+    def _array(self, level: int) -> Any:
+        """The array of one level, in the order on disk."""
+        try:
+            return self.source.open(level, self.levels[level].path)
+        except BAD_FILE as error:
+            if isinstance(error, ImageError):
+                raise
+            raise ImageError(f"{self._where(level)} can no longer be opened: {error}.") from error
+
+    def _folder(self, level: int) -> Path | None:
+        """Folder of a level's chunks, None for what is no local Zarr."""
+        return self.source.chunk_folder(self.levels[level].path)
+
+    def _where(self, level: int) -> str:
+        """Name of one level's array, for messages."""
+        return _join(self.name, self.levels[level].path) if self._folder(level) else self.name
+
+    def _bounds(self, level: int, region: tuple[slice, ...]) -> list[tuple[int, int]]:
+        """First and one-past-last index per axis of `axes`."""
+        if not 0 <= level < len(self.levels):
+            raise ImageError(f"{self.name} has levels 0 to {len(self.levels) - 1} and no level {level}.")
+        shape = self.levels[level].shape
+        if len(region) != len(shape):
+            raise ImageError(f"{self.name} has axes {self.axes!r} but the region has {len(region)} slices.")
+        bounds = []
+        for letter, size, part in zip(self.axes, shape, region, strict=True):
+            start = 0 if part.start is None else int(part.start)
+            stop = size if part.stop is None else int(part.stop)
+            if part.step not in (None, 1) or not 0 <= start <= stop <= size:
+                raise ImageError(f"{self._where(level)} has no {letter} {start}:{stop} (length {size}).")
+            bounds.append((start, stop))
+        return bounds
+
+    def _on_disk(self, bounds: Sequence[tuple[int, int]]) -> tuple[slice | int, ...]:
+        """The selection in the order on disk."""
+        return tuple(0 if letter == DROPPED else slice(*bounds[self.axes.index(letter)]) for letter in self.source.axes)
+
+    def _raise_corrupt(self, level: int, bounds: Any, keys: list[str], why: str, cause: Exception | None) -> NoReturn:
+        """Raise an error that names the chunks and the region."""
+        region = ", ".join(f"{a} {start}:{stop}" for a, (start, stop) in zip(self.axes, bounds, strict=True))
+        what = f"chunk {listed_names(keys)} of {self._where(level)}" if keys else self._where(level)
+        why = why.rstrip(".")
+        advice = "restore the file or write the image again"
+        raise ImageError(f"{what} cannot be read ({why}) for region {region}; {advice}.") from cause
+
+
+@dataclass(frozen=True, eq=False)
+class MemorySource:
+    """An array the caller holds."""
+
+    array: Any
+    axes: str
+
+    def open(self, level: int, path: str) -> Any:  # noqa: ARG002
+        """The array itself."""
+        return self.array
+
+    def chunk_folder(self, path: str) -> None:
+        """None: nothing is stored."""
+
+    def __reduce__(self) -> NoReturn:
+        raise ImageError(
+            "an array in memory cannot be sent to other processes; save it as OME-Zarr or TIFF and open that."
+        )
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """Join the first few names and count the rest, for messages.
+
+    Parameters
+    ----------
+    names : sequence of str
+
+    Returns
+    -------
+    text : str
+        For example ``"a, b, c, d, e and 3 more"``; empty if there are none.
+    """
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}/{key}" if path and key else path or key

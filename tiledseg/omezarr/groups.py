@@ -1,0 +1,288 @@
+"""Zarr groups and arrays as OME-Zarr 0.4 and 0.5 want them: what labels and images out share.
+
+References
+----------
+OME-Zarr 0.4 and 0.5, section "multiscales" metadata.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import OutputError
+
+__all__ = [
+    "FORMATS",
+    "check_writable",
+    "chunk_shape",
+    "count_levels",
+    "create_array",
+    "level_shape",
+    "multiscales",
+    "ome_attributes",
+    "open_group",
+    "update_ome",
+    "zarr_format",
+]
+
+FORMATS = {"0.4": 2, "0.5": 3}
+_CHUNK_Z = 16
+_KINDS = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
+
+
+def open_group(path: Path) -> Any:
+    """Open an existing group for reading and writing.
+
+    Parameters
+    ----------
+    path : path
+
+    Returns
+    -------
+    group : zarr.Group or None
+        None if no Zarr is there.
+
+    Raises
+    ------
+    OutputError
+        If it is an array, or its metadata cannot be read.
+    """
+    import zarr
+
+    if not any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
+        return None
+    try:
+        return zarr.open_group(path, mode="r+", use_consolidated=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{path} is no readable Zarr group ({error}); choose another place with -o.") from error
+
+
+def ome_attributes(group: Any) -> dict[str, Any]:
+    """The attributes OME-Zarr is about.
+
+    Parameters
+    ----------
+    group : zarr.Group
+
+    Returns
+    -------
+    attributes : dict
+        Those under ``"ome"`` in Zarr 3, all of them in Zarr 2.
+    """
+    attributes = dict(group.attrs)
+    inner = attributes.get("ome") if group.metadata.zarr_format == 3 else attributes
+    return inner if isinstance(inner, dict) else {}
+
+
+def update_ome(group: Any, version: str, values: dict[str, Any]) -> None:
+    """Add OME-Zarr attributes, leaving all others.
+
+    Parameters
+    ----------
+    group : zarr.Group
+    version : str
+        Of OME-Zarr, a key of `FORMATS`.
+    values : dict
+        Ready for JSON, without the version.
+    """
+    if FORMATS[version] == 3:
+        group.attrs.update({"ome": {**ome_attributes(group), "version": version, **values}})
+        return
+    if "multiscales" in values:
+        values = {**values, "multiscales": [{**entry, "version": version} for entry in values["multiscales"]]}
+    group.attrs.update(values)
+
+
+def multiscales(
+    name: str,
+    axes: str,
+    units: Sequence[str | None],
+    scales: Sequence[Sequence[float]],
+    translations: Sequence[Sequence[float]],
+) -> dict[str, Any]:
+    """One entry of the multiscales list.
+
+    Parameters
+    ----------
+    name : str
+    axes : str
+        Subset of ``"tczyx"`` in that order.
+    units : sequence of str or None
+        Per axis; the channel axis has none.
+    scales : sequence of sequences of float
+        Size of a pixel in `units`, per level and axis.
+    translations : sequence of sequences of float
+        Position of the centre of pixel 0 in `units`, per level and axis.
+
+    Returns
+    -------
+    entry : dict
+        Ready for JSON, for datasets called ``"0"``, ``"1"``, ...; without version, type and metadata.
+    """
+    listed = [
+        {"name": axis, "type": _KINDS[axis], **({"unit": unit} if unit and axis != "c" else {})}
+        for axis, unit in zip(axes, units, strict=True)
+    ]
+    datasets = [
+        {
+            "path": str(level),
+            "coordinateTransformations": [
+                {"type": "scale", "scale": [float(value) for value in scale]},
+                {"type": "translation", "translation": [float(value) for value in shift]},
+            ],
+        }
+        for level, (scale, shift) in enumerate(zip(scales, translations, strict=True))
+    ]
+    return {"name": name, "axes": listed, "datasets": datasets}
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path in which nothing can be written.
+
+    Parameters
+    ----------
+    path : path
+        Of a group, which need not exist.
+
+    Raises
+    ------
+    OutputError
+        If a file is in the way, or the folder, or its ``labels``, is read only.
+    """
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise OutputError(f"{existing} is a file, so {path} cannot be made; choose another place with -o.")
+    inner = existing / "labels"
+    for folder in (existing, inner) if existing == path and inner.exists() else (existing,):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"{folder} cannot be written to; choose another place with -o.")
+
+
+def create_array(
+    path: Path,
+    version: str,
+    axes: str,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dtype: np.dtype[Any],
+    *,
+    keep_empty: bool,
+) -> Any:
+    """Make an empty array, with checksums where the format has them.
+
+    Parameters
+    ----------
+    path : path
+    version : str
+        Of OME-Zarr, a key of `FORMATS`.
+    axes : str
+    shape, chunks : tuple of int
+        Pixels per axis.
+    dtype : dtype
+    keep_empty : bool
+        Whether chunks of nothing but zeros are stored.
+
+    Returns
+    -------
+    array : zarr.Array
+    """
+    import zarr
+    from zarr.codecs import ZstdCodec
+
+    own: dict[str, Any] = {
+        "compressors": ZstdCodec(level=1, checksum=True),
+        "dimension_names": axes,
+    }
+    if version == "0.4":
+        # As a dict, because that is what zarr writes; other readers reject the key of numcodecs.Zstd.
+        blosc = {"id": "blosc", "cname": "zstd", "clevel": 1, "shuffle": 0, "blocksize": 0}
+        own = {"compressors": blosc, "chunk_key_encoding": {"name": "v2", "separator": "/"}}
+    return zarr.create_array(
+        path,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        fill_value=0,
+        zarr_format=zarr_format(version),
+        config={"write_empty_chunks": keep_empty},
+        **own,
+    )
+
+
+def zarr_format(version: str) -> Any:
+    """The format of Zarr below a version of OME-Zarr.
+
+    Parameters
+    ----------
+    version : str
+        A key of `FORMATS`.
+
+    Returns
+    -------
+    zarr_format : int
+        2 or 3; typed as Any because zarr wants a literal.
+    """
+    return FORMATS[version]
+
+
+def level_shape(axes: str, shape: Sequence[int], level: int) -> tuple[int, ...]:
+    """Pixels of a level: half of y and x, rounded up, for every level.
+
+    Parameters
+    ----------
+    axes : str
+    shape : sequence of int
+        Pixels of level 0 per axis.
+    level : int
+
+    Returns
+    -------
+    shape : tuple of int
+        Pixels per axis.
+    """
+    return tuple(-(-n // 2**level) if axis in "yx" else n for axis, n in zip(axes, shape, strict=True))
+
+
+def chunk_shape(axes: str, shape: Sequence[int], chunk: int) -> tuple[int, ...]:
+    """Pixels of a chunk: squares of a side of `chunk`, a few along z.
+
+    Parameters
+    ----------
+    axes : str
+    shape : sequence of int
+        Pixels of the array per axis.
+    chunk : int
+
+    Returns
+    -------
+    chunks : tuple of int
+        Pixels per axis, at most `shape`.
+    """
+    wanted = {"t": 1, "c": 1, "z": _CHUNK_Z, "y": chunk, "x": chunk}
+    return tuple(min(wanted[axis], n) for axis, n in zip(axes, shape, strict=True))
+
+
+def count_levels(axes: str, shape: Sequence[int], chunk: int) -> int:
+    """Levels until y and x are both at most one chunk.
+
+    Parameters
+    ----------
+    axes : str
+    shape : sequence of int
+        Pixels of level 0 per axis.
+    chunk : int
+        Pixels along y and x.
+
+    Returns
+    -------
+    n_levels : int
+        At least 1.
+    """
+    largest = max(n for axis, n in zip(axes, shape, strict=True) if axis in "yx")
+    return 1 + max(0, math.ceil(math.log2(largest / chunk)))

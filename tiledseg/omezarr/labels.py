@@ -1,0 +1,394 @@
+"""Labels, pyramids and metadata out: OME-Zarr 0.4 and 0.5 with plain zarr.
+
+Labels lie in ``ROOT/labels/NAME/0..n``, where ROOT is the image itself or a group of its own. They are
+listed last, so a half-written image is never shown. One process writes metadata; chunks may be
+written by many, one whole chunk at a time.
+
+References
+----------
+OME-Zarr 0.4 and 0.5, sections "multiscales" and "labels" metadata.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ImageError, OutputError, SettingsError
+from ..images import Image, open_image
+from .groups import (
+    FORMATS,
+    check_writable,
+    chunk_shape,
+    count_levels,
+    create_array,
+    level_shape,
+    multiscales,
+    ome_attributes,
+    open_group,
+    update_ome,
+    zarr_format,
+)
+
+__all__ = [
+    "LabelsPlan",
+    "LevelZero",
+    "create_labels",
+    "finish_labels",
+    "labels_exist",
+    "level_array",
+    "open_labels",
+    "plan_labels",
+    "remove_labels",
+]
+
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class LabelsPlan:
+    """Where labels go, and how they are stored."""
+
+    root: Path
+    """Group that holds ``labels/``."""
+    name: str
+    version: str
+    """Of OME-Zarr, ``"0.4"`` or ``"0.5"``."""
+    axes: str
+    """Those of the image without c."""
+    shape: tuple[int, ...]
+    """Pixels of level 0 per axis."""
+    spacing: tuple[float | None, ...]
+    """Size of a level-0 pixel per axis, in `units`; None if unknown."""
+    translation: tuple[float, ...]
+    units: tuple[str | None, ...]
+    n_levels: int
+    chunks: tuple[int, ...]
+    """Pixels of a level-0 chunk per axis."""
+    in_image: bool
+    """Whether `root` is the image the labels were made from."""
+
+    @property
+    def path(self) -> Path:
+        """Folder of the label image."""
+        return self.root / "labels" / self.name
+
+    @property
+    def zarr_format(self) -> int:
+        """2 or 3."""
+        return FORMATS[self.version]
+
+    def level_shape(self, level: int) -> tuple[int, ...]:
+        """Pixels of a level per axis."""
+        return level_shape(self.axes, self.shape, level)
+
+    def level_chunks(self, level: int) -> tuple[int, ...]:
+        """Pixels of a chunk of a level per axis."""
+        return tuple(map(min, self.chunks, self.level_shape(level)))
+
+
+def plan_labels(image: Image, output: Path | None, name: str, version: str | None) -> LabelsPlan:
+    """Decide where labels go; writes nothing.
+
+    Parameters
+    ----------
+    image : Image
+        What was segmented.
+    output : path, optional
+        Group to hold the labels, made if it is missing. None is the image itself.
+    name : str
+        Of the labels: letters, digits, ``-``, ``_`` and ``.``.
+    version : str, optional
+        Of OME-Zarr. None is that of the image or of an existing `output`, else ``"0.5"``.
+
+    Returns
+    -------
+    plan : LabelsPlan
+
+    Raises
+    ------
+    SettingsError
+        If the name is no plain name, or the version unknown or another than that of the container.
+    OutputError
+        If labels cannot be written there.
+
+    Notes
+    -----
+    Whether labels of that name are there already is for :func:`labels_exist` to say, because a run that
+    is resumed finds its own.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) or name == "zarr.json":
+        raise SettingsError(f"labels name {name!r} is not allowed; use letters, digits, - _ and . only (--name).")
+    if version is not None and version not in FORMATS:
+        raise SettingsError(f"OME-Zarr version {version!r} cannot be written; use 0.4 or 0.5.")
+    if output is None and image.writable_group is None:
+        raise OutputError(f"{image.name} is no OME-Zarr image that can hold labels; say where with -o OUT.zarr.")
+    root = Path(output) if output is not None else Path(image.writable_group or "")
+    found, n_datasets = _container(root)
+    if None not in (found, version) and found != version:
+        raise SettingsError(f"{root} is OME-Zarr {found}, not {version}; leave out the version.")
+    check_writable(root)
+    keep = [at for at, letter in enumerate(image.axes) if letter != "c"]
+    axes = "".join(image.axes[at] for at in keep)
+    shape = tuple(image.shape[at] for at in keep)
+    known = [image.spacing[at] is not None for at in keep]
+    return LabelsPlan(
+        root=root,
+        name=name,
+        version=version or found or "0.5",
+        axes=axes,
+        shape=shape,
+        spacing=tuple(image.spacing[at] for at in keep),
+        translation=tuple(image.translation[at] for at in keep),
+        units=tuple(image.units[at] if is_known else None for at, is_known in zip(keep, known, strict=True)),
+        # The specification: as many levels as the image around the labels has.
+        n_levels=n_datasets or count_levels(axes, shape, _CHUNK),
+        chunks=chunk_shape(axes, shape, _CHUNK),
+        in_image=image.writable_group is not None and root.resolve() == Path(image.writable_group).resolve(),
+    )
+
+
+def labels_exist(plan: LabelsPlan) -> bool:
+    """Whether anything of that name is there, finished or not.
+
+    Parameters
+    ----------
+    plan : LabelsPlan
+
+    Returns
+    -------
+    exists : bool
+        False for an empty folder or group, which holds nothing to lose.
+    """
+    if plan.name in _listed_labels(plan):
+        return True
+    if not plan.path.is_dir():
+        return plan.path.exists()
+    group = open_group(plan.path)
+    if group is None:
+        return any(plan.path.iterdir())
+    return bool(dict(group.attrs)) or any(child.is_dir() for child in plan.path.iterdir())
+
+
+def create_labels(plan: LabelsPlan, *, attributes: dict[str, Any]) -> None:
+    """Make the groups and the empty arrays of all levels, not yet listed.
+
+    What a killed run left is kept if it has the same arrays.
+
+    Parameters
+    ----------
+    plan : LabelsPlan
+    attributes : dict
+        Attributes of the label image, ready for JSON, beside those of OME-Zarr.
+
+    Raises
+    ------
+    OutputError
+        If something else is in the way or the disk refuses.
+    """
+    import zarr
+
+    try:
+        # labels/ becomes a group in finish_labels: an image around a group that lists none is not valid.
+        for path in (plan.root, plan.path):
+            if open_group(path) is None:
+                own = attributes if path == plan.path else {}
+                zarr.create_group(path, zarr_format=zarr_format(plan.version), attributes=own)
+        _must_open(plan.path).attrs.update(attributes)
+        for level in range(plan.n_levels):
+            _create_level(plan, level)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{plan.path} cannot be made ({error}); choose another place with -o.") from error
+
+
+def level_array(plan: LabelsPlan, level: int) -> Any:
+    """Open one level for reading and writing.
+
+    Parameters
+    ----------
+    plan : LabelsPlan
+    level : int
+        0 is full size.
+
+    Returns
+    -------
+    array : zarr.Array of uint32, shape ``plan.level_shape(level)``
+
+    Raises
+    ------
+    OutputError
+        If it is not there.
+    """
+    import zarr
+
+    try:
+        return zarr.open_array(plan.path / str(level), mode="r+", zarr_format=zarr_format(plan.version))
+    except (OSError, ValueError, KeyError) as error:
+        raise OutputError(f"{plan.path}/{level} cannot be opened ({error}); start the run again.") from error
+
+
+def finish_labels(plan: LabelsPlan) -> None:
+    """Write the metadata of the label image and list it; the last step, and safe to repeat.
+
+    Parameters
+    ----------
+    plan : LabelsPlan
+
+    Raises
+    ------
+    OutputError
+        If :func:`create_labels` was not called.
+    """
+    import zarr
+
+    for leftover in [*plan.path.rglob("*.partial"), *plan.path.parent.glob("*.partial")]:
+        leftover.unlink(missing_ok=True)  # of writers that were killed
+    label_info: dict[str, Any] = {"source": {"image": "../../"}} if plan.in_image else {}
+    if plan.version == "0.4":
+        label_info["version"] = "0.4"
+    steps = [step or 1.0 for step in plan.spacing]
+    scales = [
+        [step * (2**level if axis in "yx" else 1) for axis, step in zip(plan.axes, steps, strict=True)]
+        for level in range(plan.n_levels)
+    ]
+    entry = multiscales(plan.name, plan.axes, plan.units, scales, [list(plan.translation)] * plan.n_levels)
+    entry["type"] = "nearest"
+    entry["metadata"] = {"description": "every second pixel of the level before", "method": "tiledseg"}
+    update_ome(_must_open(plan.path), plan.version, {"multiscales": [entry], "image-label": label_info})
+    listed = _listed_labels(plan)
+    if plan.name in listed:
+        return
+    if open_group(plan.root / "labels") is None:
+        zarr.create_group(plan.root / "labels", zarr_format=zarr_format(plan.version))
+    update_ome(_must_open(plan.root / "labels"), plan.version, {"labels": [*listed, plan.name]})
+
+
+def remove_labels(plan: LabelsPlan) -> None:
+    """Unlist the labels and delete them; nothing happens if there are none.
+
+    Parameters
+    ----------
+    plan : LabelsPlan
+    """
+    listed = _listed_labels(plan)
+    if plan.name in listed:
+        left = [name for name in listed if name != plan.name]
+        update_ome(_must_open(plan.root / "labels"), plan.version, {"labels": left})
+    if plan.path.is_symlink():
+        plan.path.unlink()
+    elif plan.path.exists():
+        shutil.rmtree(plan.path)
+    folder = plan.root / "labels"
+    metadata = {"zarr.json", ".zgroup", ".zattrs", ".zmetadata"}
+    if folder.is_dir() and not _listed_labels(plan) and {child.name for child in folder.iterdir()} <= metadata:
+        shutil.rmtree(folder)  # a group that lists no labels would make the image around it invalid
+
+
+def open_labels(path: str | Path) -> Any:
+    """A label image by path, as an array that can be sliced.
+
+    Parameters
+    ----------
+    path : path
+        A label image or any array of integers; an OME-Zarr with exactly one label image stands for
+        that one.
+
+    Returns
+    -------
+    labels : array-like, shape of level 0
+
+    Raises
+    ------
+    ImageError
+        If there is nothing there, or several label images to choose from.
+    """
+    folder = Path(path)
+    group = open_group(folder / "labels") if folder.is_dir() else None
+    listed = ome_attributes(group).get("labels", []) if group is not None else []
+    names = [str(name) for name in listed] if isinstance(listed, list) else []
+    if len(names) > 1:
+        raise ImageError(f"{path} holds labels {', '.join(names)}; give one, as in {path}/labels/{names[0]}.")
+    return LevelZero(open_image(folder / "labels" / names[0] if names else path))
+
+
+class LevelZero:
+    """Level 0 of an image as something that has a shape and can be sliced."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self.shape = image.shape
+        self.dtype = image.dtype
+        self.chunks = image.levels[0].chunks
+
+    def __getitem__(self, region: Any) -> npt.NDArray[Any]:
+        """Read a region given as slices of step 1, and whole numbers, which drop their axis."""
+        parts = region if isinstance(region, tuple) else (region,)
+        parts = (*parts, *(slice(None),) * (len(self.shape) - len(parts)))
+        read: list[slice] = []
+        kept: list[Any] = []
+        for part, n in zip(parts, self.shape, strict=True):
+            if not isinstance(part, slice):
+                part = range(n)[part]
+                read.append(slice(part, part + 1))
+                kept.append(0)
+                continue
+            start, stop, step = part.indices(n)
+            if step != 1:
+                raise SettingsError(f"labels are read with steps of 1, not {step}.")
+            read.append(slice(start, max(start, stop)))
+            kept.append(slice(None))
+        pixels = self._image.read(0, tuple(read))
+        return np.asarray(pixels[tuple(kept)])
+
+
+def _listed_labels(plan: LabelsPlan) -> list[str]:
+    """Names in the labels group, none if it is not there."""
+    group = open_group(plan.root / "labels")
+    names = ome_attributes(group).get("labels", []) if group is not None else []
+    if not isinstance(names, list):
+        raise OutputError(f"{plan.root / 'labels'} lists its labels as {names!r}; correct its metadata.")
+    return names
+
+
+def _must_open(path: Path) -> Any:
+    """An existing group."""
+    group = open_group(path)
+    if group is None:
+        raise OutputError(f"{path} is missing; start the run again.")
+    return group
+
+
+def _container(root: Path) -> tuple[str | None, int]:
+    """OME-Zarr version that an existing container demands, and the levels if it is an image."""
+    if not root.is_dir() or not any(root.iterdir()):
+        return None, 0
+    group = open_group(root)
+    if group is None:
+        raise OutputError(f"{root} exists and is neither empty nor a Zarr group; choose another place with -o.")
+    entries = ome_attributes(group).get("multiscales")
+    entry = entries[0] if isinstance(entries, list) and entries else None
+    datasets = entry.get("datasets") if isinstance(entry, dict) else None
+    return ("0.4" if group.metadata.zarr_format == 2 else "0.5"), len(datasets or [])
+
+
+def _create_level(plan: LabelsPlan, level: int) -> None:
+    """Make one level, or check that what is there is the same."""
+    path = plan.path / str(level)
+    shape, chunks = plan.level_shape(level), plan.level_chunks(level)
+    if not any((path / name).exists() for name in ("zarr.json", ".zarray", ".zgroup")):
+        create_array(path, plan.version, plan.axes, shape, chunks, np.dtype(np.uint32), keep_empty=False)
+        return
+    found = level_array(plan, level)
+    if (found.shape, found.chunks, found.dtype) != (shape, chunks, np.dtype(np.uint32)):
+        raise OutputError(
+            f"{path} is left from another run (shape {found.shape}, chunks {found.chunks}, {found.dtype}); "
+            f"delete {plan.path} or choose another name with --name."
+        )

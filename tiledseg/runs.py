@@ -1,0 +1,201 @@
+"""Which run a scratch folder belongs to: where things go, and what may change when it goes on.
+
+A run is known by its image, its model, its device kind and every setting that changes the flows.
+Going on with another one is refused by name. Mask settings may change: their folder is named after
+them, so what an old task still writes never meets what a new one reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import logging
+import math
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cluster import Executor
+from .config import Settings, digest
+from .errors import OutputError, SettingsError
+from .images import Image, MemorySource, open_image
+from .job import Job
+from .omezarr import LabelsPlan, create_labels, labels_exist, plan_labels, remove_labels
+from .store import DiskStore, MemoryStore, Store
+from .working import plane_region, plane_shape
+
+__all__ = ["Place", "fingerprint", "is_shippable", "labels_folder", "place_of", "reopen", "scratch_of", "shippable"]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of the scratch; another number means that what is there cannot be continued."""
+
+LARGE_ARRAY = 2**28
+MAY_CHANGE = {"block", "halo", "flow_threshold", "cellprob_threshold", "min_size", "niter", "resample"}
+NO_MATTER = {"device", "missing_chunks", "ome_zarr"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes."""
+
+    plan: LabelsPlan | None
+    table: Path | None
+    scratch: Path | None
+
+    @property
+    def store(self) -> Store:
+        return MemoryStore() if self.scratch is None else DiskStore(self.scratch)
+
+
+def place_of(image: Image, output: Any, scratch: Any, settings: Settings) -> Place:
+    """Decide where labels, table and scratch go; writes nothing."""
+    if output is None and not is_shippable(image):
+        if scratch is not None:
+            raise SettingsError("a scratch folder needs an output as well: labels of an array stay in memory.")
+        if math.prod(image.shape) > LARGE_ARRAY:
+            raise SettingsError(
+                f"{image.name} of shape {image.shape} is too large to keep its labels in memory; give an output."
+            )
+        return Place(None, None, None)
+    name = settings.publish.name
+    plan = plan_labels(image, None if output is None else Path(output), name, settings.publish.ome_zarr)
+    parent = plan.root.absolute().parent if scratch is None else Path(scratch).absolute()
+    folder = parent / f"{plan.root.absolute().name}.{name}.tiledseg"
+    return Place(plan, plan.root / "tables" / name / "table.parquet", folder)
+
+
+@contextlib.contextmanager
+def scratch_of(place: Place) -> Iterator[Store]:
+    """The scratch; a folder made by a run that failed before anything was computed goes again."""
+    is_new = place.scratch is not None and not place.scratch.exists()
+    try:
+        yield place.store
+    except BaseException:
+        if is_new and place.scratch is not None and not (place.scratch / "survey.json").exists():
+            shutil.rmtree(place.scratch, ignore_errors=True)
+        raise
+
+
+def is_shippable(image: Image) -> bool:
+    """Whether other processes can open the image."""
+    return not isinstance(image.source, MemorySource)
+
+
+def reopen(job: Job, place: Place, restart: bool) -> str:
+    """Start the scratch or check that it is of the same run; returns the run's id."""
+    store, plan = job.store, place.plan
+    record = store.read_json("run.json")
+    owned = plan is not None and record is not None and _owner(plan) == record["id"]
+    if plan is not None and labels_exist(plan) and not owned:
+        raise OutputError(
+            f"labels {plan.name!r} exist already at {plan.path}; choose another --name, or remove them first."
+        )
+    if restart and record is not None:
+        if owned and plan is not None:
+            remove_labels(plan)
+        store.remove("")
+        record = None
+    now = {
+        "format": FORMAT,
+        "image": fingerprint(job.image),
+        "model file": job.model.sha256,
+        "device": job.device,
+        "ome_zarr": None if plan is None else plan.version,
+        **{k: v for k, v in job.settings.flat().items() if k not in MAY_CHANGE | NO_MATTER},
+    }
+    if record is None:
+        record = {"id": uuid.uuid4().hex, "settings": now}
+        store.write_json("run.json", record)
+    changed = [k for k in now if record["settings"].get(k) != now[k]]
+    if changed:
+        differences = "; ".join(f"{k} was {record['settings'].get(k)!r} and is now {now[k]!r}" for k in changed)
+        raise SettingsError(
+            f"{place.scratch} holds a run with other settings: {differences}; use the same again, or --restart "
+            "to discard it."
+        )
+    return str(record["id"])
+
+
+def _owner(plan: LabelsPlan) -> str | None:
+    """Id of the run that made the labels at a place, None if it was not ours or there are none."""
+    import zarr
+
+    if not plan.path.exists():
+        return None
+    try:
+        owner = zarr.open_group(plan.path, mode="r").attrs.get("tiledseg")
+    except (OSError, ValueError, KeyError):
+        return None
+    return str(owner["run"]) if isinstance(owner, dict) and "run" in owner else None
+
+
+def labels_folder(job: Job, place: Place, run_id: str) -> str:
+    """The folder of the scratch for these mask settings; what others left, and published, goes."""
+    kept = {k: v for k, v in job.settings.flat().items() if k in MAY_CHANGE}
+    resolved = digest(kept, job.halo, job.niter, None if place.plan is None else str(place.plan.path.absolute()))
+    folder = f"masks-{resolved}"
+    plan = place.plan
+    if plan is None:
+        job.store.create(f"{folder}/published", job.shape, job.shape, "uint32")
+        return folder
+    before = (job.store.read_json("masks.json") or {}).get("folder", folder)
+    if before != folder:
+        logger.info("mask settings changed: masks and what follows are computed again, flows are kept.")
+    if before != folder or not plan.path.exists():
+        # Labels that were deleted by hand are published again from the blocks that are still there.
+        for stage in ("publish-",) if before == folder else ("",):
+            job.store.remove(f"{before}/{stage}")
+        remove_labels(plan)
+    job.store.write_json("masks.json", {"folder": folder, "settings": kept})
+    create_labels(plan, attributes={"tiledseg": {"run": run_id, **kept}})
+    return folder
+
+
+def fingerprint(image: Image) -> str:
+    """Hash of an image's shape, type and levels, and of the pixels in 16 small windows of it."""
+    shape = plane_shape(image)
+    parts = [
+        image.axes,
+        image.shape,
+        str(image.dtype),
+        [level.shape for level in image.levels],
+        image.channels,
+    ]
+    content = hashlib.sha256()
+    for at in itertools.product(range(4), repeat=len(shape)):
+        starts = [int((i + 0.5) * n / 4) for i, n in zip(at, shape, strict=True)]
+        window = tuple(slice(s, min(s + 64, n)) for s, n in zip(starts, shape, strict=True))
+        content.update(np.ascontiguousarray(image.read(0, plane_region(image, window, None))).tobytes())
+    return digest(parts, content.hexdigest())
+
+
+def shippable(job: Job, executor: Executor) -> Image:
+    """The image as workers can open it: an array of this process is written into the scratch."""
+    image = job.image
+    if executor.in_process or is_shippable(image):
+        return image
+    if not isinstance(job.store, DiskStore):
+        raise SettingsError("to segment an array on a cluster, say where the labels go: output=...")
+    chunks = tuple(min(n, 1024) if axis in "yx" else 1 for n, axis in zip(image.shape, image.axes, strict=True))
+    job.store.create("image.zarr", image.shape, chunks, str(image.dtype))
+    copy = job.store.open("image.zarr")
+    done = job.store.done("image")
+    starts = list(itertools.product(*(range(0, n, c) for n, c in zip(image.shape, chunks, strict=True))))
+    for i, start in enumerate(starts):
+        if i not in done:
+            region = tuple(slice(a, min(a + c, n)) for a, c, n in zip(start, chunks, image.shape, strict=True))
+            copy[region] = image.read(0, region)
+            job.store.mark("image", [i])
+    stored = open_image(job.store.path / "image.zarr", axes=image.axes)
+    return dataclasses.replace(
+        stored, name=image.name, spacing=image.spacing, units=image.units, channels=image.channels
+    )
