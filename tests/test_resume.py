@@ -126,5 +126,16 @@ def test_documents_are_there_completely_or_not_at_all(tmp_path: Path) -> None:
     store.write_json("a/b.json", {"x": 1})
     (tmp_path / "a" / "b.json.1.partial").write_text('{"x"')
     assert store.read_json("a/b.json") == {"x": 1}
-    store.remove("a/")
+    store.remove("a/b")
     assert store.read_json("a/b.json") is None
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../beside", "a/../../beside"])
+def test_nothing_outside_the_scratch_is_ever_removed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "beside").mkdir()
+    store = DiskStore(tmp_path / "scratch")
+    store.write_json("run.json", {})
+    with pytest.raises(ValueError, match="names nothing inside the scratch"):
+        store.remove(name)
+    store.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["beside"]

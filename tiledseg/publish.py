@@ -6,7 +6,8 @@ Writes
     The published label image level by level; per region the measurements of the parts of objects
     in it; then the table. Metadata come last: labels are listed only when they are complete.
 Parallel over
-    Regions of whole storage chunks, so that no chunk is ever written by two tasks.
+    Regions of whole storage chunks, so that no chunk is ever written by two tasks; the table is one
+    task, whose time and memory grow with the number of objects (some 300 bytes each).
 """
 
 from __future__ import annotations
@@ -147,10 +148,33 @@ def write_table(_: int, job: Job) -> dict[str, Any]:
     if job.table is not None:
         with disk_errors(job.table):
             job.table.parent.mkdir(parents=True, exist_ok=True)
+            _describe_table(job)
             draft = job.table.with_suffix(".partial")
             pyarrow.parquet.write_table(table_of(job), draft)
             draft.replace(job.table)
     return {"peak": peak_memory()}
+
+
+def _describe_table(job: Job) -> None:
+    """Make the table's groups, with the attributes by which ngio and Fractal know a feature table."""
+    import zarr
+
+    if job.plan is None:
+        return
+    zarr_format: Any = job.plan.zarr_format
+    tables = zarr.open_group(job.plan.root / "tables", mode="a", zarr_format=zarr_format)
+    listed: Any = tables.attrs.get("tables", [])
+    tables.attrs["tables"] = sorted({*listed, job.plan.name})
+    tables.require_group(job.plan.name).attrs.update(
+        {
+            "type": "feature_table",
+            "table_version": "1",
+            "backend": "parquet",
+            "index_key": "label",
+            "index_type": "int",
+            "region": {"path": f"../labels/{job.plan.name}"},
+        }
+    )
 
 
 def table_of(job: Job) -> Any:

@@ -95,14 +95,14 @@ def reopen(job: Job, place: Place, restart: bool) -> str:
     store, plan = job.store, place.plan
     record = store.read_json("run.json")
     owned = plan is not None and record is not None and _owner(plan) == record["id"]
-    if plan is not None and labels_exist(plan) and not owned:
+    if plan is not None and plan.path.exists() and labels_exist(plan) and not owned:
         raise OutputError(
             f"labels {plan.name!r} exist already at {plan.path}; choose another --name, or remove them first."
         )
     if restart and record is not None:
         if owned and plan is not None:
             remove_labels(plan)
-        store.remove("")
+        store.discard()
         record = None
     now = {
         "format": FORMAT,

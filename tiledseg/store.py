@@ -70,6 +70,9 @@ class Store(Protocol):
     def remove(self, name: str) -> None:
         """Delete arrays, documents and done-marks whose name starts with `name`."""
 
+    def discard(self) -> None:
+        """Delete the whole scratch."""
+
 
 class MemoryStore:
     """Scratch in the memory of this process, for images of a few blocks."""
@@ -123,6 +126,10 @@ class MemoryStore:
         for kept in (self._arrays, self._documents, self._done):
             for key in [key for key in kept if key.startswith(name)]:
                 del kept[key]
+
+    def discard(self) -> None:
+        """Delete the whole scratch."""
+        self.remove("")
 
 
 class DiskStore:
@@ -218,13 +225,18 @@ class DiskStore:
 
     def remove(self, name: str) -> None:
         """Delete arrays, documents and done-marks whose name starts with `name`."""
-        folder = (self.path / name).parent
-        prefix = Path(name).name
-        for path in folder.glob(f"{prefix}*") if folder.exists() else ():
+        beginning = Path(os.path.normpath(self.path / name))
+        if self.path not in beginning.parents:
+            raise ValueError(f"{name!r} names nothing inside the scratch folder")
+        for path in beginning.parent.glob(f"{beginning.name}*"):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Delete the whole scratch."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 @contextlib.contextmanager
