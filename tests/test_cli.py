@@ -100,7 +100,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(image_path: Path) -> None:
     import resource
 
     def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_300_000, 1_300_000))
 
     arguments = [
         sys.executable,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,28 @@ DIFFERENT = 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 if compared labels differ, 2 for bad input."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(format="tiledseg: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("tiledseg").setLevel(logging.INFO)
+    with _messages():
+        return _run(options)
+
+
+@contextlib.contextmanager
+def _messages() -> Iterator[None]:
+    """Show what the package has to say while a command runs; other packages' logs stay as they are."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("tiledseg: %(message)s"))
+    logger = logging.getLogger("tiledseg")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run the chosen command; its errors become one sentence."""
     try:
         code: int = options.command(options)
     except TiledsegError as error:

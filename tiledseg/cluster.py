@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import ClusterError, DeviceError, SettingsError, TiledsegError
+from .store import as_output_error
 
 __all__ = ["Executor", "connect", "n_cores", "peak_memory", "resolve_device"]
 
-logger = logging.getLogger(__name__)
 
 Item = Any
 Function = Callable[..., Any]
@@ -110,7 +110,8 @@ class ThreadExecutor:
                     error = future.exception()
                     if error is None:
                         yield item, future.result()
-                    failure = failure or error
+                    elif failure is None:
+                        failure = _explained(error, function, item)
                 if failure is None:
                     submit(2 * self.n_threads - len(live))
         if failure is not None:
@@ -205,12 +206,12 @@ def _error_of(future: Any, result: Any) -> BaseException | None:
 
 
 def _explained(error: BaseException, function: Function, item: Item) -> BaseException:
-    """Our own errors as they are; others with the piece of work they happened in."""
-    from distributed import KilledWorker
-
+    """Our own errors as they are; what the disk or a dead worker says as a sentence."""
     if isinstance(error, TiledsegError):
         return error
-    if isinstance(error, KilledWorker):
+    if isinstance(error, OSError):
+        return as_output_error(error, error.filename or "the labels or the scratch folder")
+    if type(error).__name__ == "KilledWorker":
         return ClusterError(
             f"workers died repeatedly at {function.__module__} {item}, most likely for want of memory; give "
             "smaller blocks (--block) or workers with more memory, then run the same command again: what is "
@@ -249,7 +250,7 @@ def _local_client(n_workers: int, device: str, scratch: Path | None) -> Iterator
                 "memory_limit": 0,  # blocks bound the memory; a limit guessed here would kill workers instead
                 "dashboard": False,
                 "local_directory": None if scratch is None else str(scratch),
-                "silence_logs": logging.ERROR,
+                "silence_logs": logging.CRITICAL,
             },
         }
         for i, gpu in enumerate(devices)
@@ -259,7 +260,7 @@ def _local_client(n_workers: int, device: str, scratch: Path | None) -> Iterator
         "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"},
     }
     with (
-        SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR) as cluster,
+        SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         yield client

@@ -23,7 +23,6 @@ from .grid import Index, Lattice
 from .job import CELLPROB_FLOOR, Job
 from .networks.runner import load_network
 from .progress import Progress
-from .store import disk_errors
 from .working import read_tile
 
 __all__ = ["compute_chunk", "process_block", "run"]
@@ -79,8 +78,7 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
                 )
             predicted, _ = network.predict(inputs)
             outputs.update(zip(batch, predicted, strict=True))
-        with disk_errors("flows.zarr of the scratch folder"):
-            job.store.open("flows.zarr")[chunk] = process_block(outputs, lattice, chunk)
+        job.store.open("flows.zarr")[chunk] = process_block(outputs, lattice, chunk)
     return {"n_tiles": len(wanted), "n_skipped": len(tiles) - len(wanted), "peak": peak_memory()}
 
 

@@ -24,7 +24,6 @@ from .dynamics import compute_masks
 from .grid import Block, Region, interpolate, samples_needed
 from .job import CELLPROB_FLOOR, Job
 from .progress import Progress
-from .store import disk_errors
 
 __all__ = ["label_block", "process_block", "read_flows", "run"]
 
@@ -138,10 +137,9 @@ def label_block(number: int, job: Job) -> dict[str, Any]:
             break
     inner = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(block.padded, grown.padded, strict=True))
     labels, first = _keep_core_objects(np.ascontiguousarray(labels[inner]), block, grid.shape)
-    with disk_errors("labels.zarr of the scratch folder"):
-        where = tuple(slice(0, n) for n in labels.shape)
-        job.store.open(f"{job.labels}/labels.zarr")[(number, *where)] = labels
-        job.store.save(f"{job.labels}/objects/{number}", np.concatenate([[n_cut, 0], first]))
+    where = tuple(slice(0, n) for n in labels.shape)
+    job.store.open(f"{job.labels}/labels.zarr")[(number, *where)] = labels
+    job.store.save(f"{job.labels}/objects/{number}", np.concatenate([[n_cut, 0], first]))
     return {"peak": peak_memory()}
 
 

@@ -24,7 +24,6 @@ from .grid import Region, overlap, shift
 from .job import Job
 from .omezarr import finish_labels, level_array
 from .progress import Progress
-from .store import disk_errors
 from .working import plane_region
 
 __all__ = ["process_block", "run", "table_of"]
@@ -111,9 +110,8 @@ def paint_region(position: int, job: Job) -> dict[str, Any]:
         local = source[(number, *shift(shared, tuple(p.start for p in block.padded)))]
         labels[shift(shared, origin)] = np.concatenate([np.zeros(1, np.uint32), ids])[local]
     intensities = _all_channels(job, region) if labels.any() else np.zeros((job.image.n_channels, *labels.shape))
-    with disk_errors("the labels"):
-        array[(*plane, *region)] = labels
-        job.store.save(f"{job.labels}/measured/{position}", process_block(labels, intensities, origin))
+    array[(*plane, *region)] = labels
+    job.store.save(f"{job.labels}/measured/{position}", process_block(labels, intensities, origin))
     return {"peak": peak_memory()}
 
 
@@ -136,8 +134,7 @@ def shrink_region(position: int, job: Job, level: int) -> dict[str, Any]:
     wide = tuple(
         slice(p.start * s, min(p.stop * s, m)) for p, s, m in zip(region, steps, finer.shape[-n:], strict=True)
     )
-    with disk_errors("the labels"):
-        array[(*plane, *region)] = finer[(*plane, *wide)][tuple(slice(None, None, s) for s in steps)]
+    array[(*plane, *region)] = finer[(*plane, *wide)][tuple(slice(None, None, s) for s in steps)]
     return {"peak": peak_memory()}
 
 
@@ -146,12 +143,11 @@ def write_table(_: int, job: Job) -> dict[str, Any]:
     import pyarrow.parquet
 
     if job.table is not None:
-        with disk_errors(job.table):
-            job.table.parent.mkdir(parents=True, exist_ok=True)
-            _describe_table(job)
-            draft = job.table.with_suffix(".partial")
-            pyarrow.parquet.write_table(table_of(job), draft)
-            draft.replace(job.table)
+        job.table.parent.mkdir(parents=True, exist_ok=True)
+        _describe_table(job)
+        draft = job.table.with_suffix(".partial")
+        pyarrow.parquet.write_table(table_of(job), draft)
+        draft.replace(job.table)
     return {"peak": peak_memory()}
 
 

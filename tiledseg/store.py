@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from .errors import OutputError
 
-__all__ = ["DiskStore", "MemoryStore", "Store", "disk_errors"]
+__all__ = ["DiskStore", "MemoryStore", "Store", "as_output_error", "disk_errors"]
 
 Array = Any
 """A zarr or numpy array: both are read and written by slices."""
@@ -239,13 +239,18 @@ class DiskStore:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def as_output_error(error: OSError, where: object) -> OutputError:
+    """What the disk says as a sentence."""
+    return OutputError(
+        f"cannot write {where}: {error.strerror or error}; free some space or choose another folder "
+        "(-o, --scratch), then run the same command again: what is done is kept."
+    )
+
+
 @contextlib.contextmanager
 def disk_errors(where: object) -> Iterator[None]:
-    """Turn what the disk says into a sentence that names the folder."""
+    """Turn what the disk says into a sentence that names the file."""
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"cannot write {where}: {error.strerror or error}; free some space or choose another "
-            "folder (--scratch), then run the same command again: what is done is kept."
-        ) from error
+        raise as_output_error(error, where) from error
