@@ -12,7 +12,6 @@ Parallel over
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,6 @@ from .job import CELLPROB_FLOOR, Job
 from .progress import Progress
 
 __all__ = ["label_block", "process_block", "read_flows", "run"]
-
-logger = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 LabelArray = npt.NDArray[np.uint32]

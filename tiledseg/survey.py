@@ -178,10 +178,11 @@ def _refuse_missing(image: Image, level: int, region: Region, channel: int) -> N
 def run(job: Job, executor: Executor, progress: Progress) -> Surveyed:
     """Survey the image, or read what an earlier run found."""
     document = job.store.read_json("survey.json")
-    if document is not None:
-        return Surveyed.from_json(document)
     sampling = _Sampling(job.image)
     n_regions = math.prod(sampling.counts)
+    if document is not None:
+        progress.start("survey", n_regions, n_regions)
+        return Surveyed.from_json(document)
     cells_per_region = REGION // CELL
     job.store.create(
         "survey.zarr/samples",
