@@ -220,19 +220,11 @@ def _explained(error: BaseException, function: Function, item: Item) -> BaseExce
     return error
 
 
-def _quiet_workers() -> None:
-    """Dask options for clusters made here: no dashboard noise, no hang where nothing can run."""
-    import dask
-
-    dask.config.set({"distributed.scheduler.no-workers-timeout": "120s", "distributed.admin.log-format": "%(message)s"})
-
-
 @contextlib.contextmanager
 def _local_client(n_workers: int, device: str, scratch: Path | None) -> Iterator[Any]:
     """A cluster of processes on this machine, gone with the context."""
     from distributed import Client, Nanny, Scheduler, SpecCluster
 
-    _quiet_workers()
     devices: list[str | None] = [None] * n_workers
     if device != "cpu" and resolve_device(device) == "cuda":
         import torch

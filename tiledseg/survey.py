@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
 from .dynamics import compute_masks
-from .errors import ImageError
+from .errors import ImageError, ModelError
 from .grid import Region, WorkingGrid
 from .images import Image
 from .job import Diameter, Job, Surveyed
@@ -76,10 +76,12 @@ def process_block(values: FloatArray, core: Region) -> FloatArray:
     """
     from scipy.ndimage import gaussian_filter
 
-    pooled = box_mean(values, (POOL,) * values.ndim)
-    squares = box_mean(np.square(values - values.mean(dtype=np.float64).astype(np.float32)), (POOL,) * values.ndim)
-    centred = pooled - values.mean(dtype=np.float64).astype(np.float32)
+    # Variance from squares needs values near 0: a camera's offset would eat the bits of the noise.
+    middle = np.float32(values.mean(dtype=np.float64))
+    centred = box_mean(values - middle, (POOL,) * values.ndim)
+    squares = box_mean(np.square(values - middle), (POOL,) * values.ndim)
     noise = np.sqrt(np.maximum(squares - centred * centred, 0))
+    pooled = centred + middle
     smooth = gaussian_filter(pooled, 1.0, mode="nearest")
     inner = tuple(slice(p.start // POOL, -(-p.stop // POOL)) for p in core)
     return np.stack(
@@ -352,13 +354,16 @@ def guess_window(item: tuple[Centre, float], job: Job) -> float:
     centre, diameter = item
     grid, values, _ = _window(job, centre, diameter)
     _, styles = load_network(job.model, job.device).predict(_as_input(values, job.model.n_channels))
-    if job.model.size is None:
-        return job.model.diam_mean / grid.scale[0]
-    return job.model.size.diameter(styles[0]) / grid.scale[0]
+    size = job.model.size
+    if size is None:
+        raise ModelError(f"model {job.model.name} has no size model to guess a diameter with; give --diameter.")
+    return size.diameter(styles[0]) / grid.scale[0]
 
 
 def _guess(job: Job, centres: list[Centre], executor: Executor) -> float:
     """A first diameter: the one of several scales at which the style vectors confirm it best."""
+    if job.model.size is None:
+        return job.model.diam_mean
     tried = [job.model.diam_mean * factor for factor in GUESS_DIAMETERS]
     items = [(centre, diameter) for diameter in tried for centre in centres]
     answers: dict[float, list[float]] = {diameter: [] for diameter in tried}
