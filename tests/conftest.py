@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import settings
 
 from tiledseg.slides import synthetic_slide
+
+# Shared machines are noisy: a slow example is not a failure.
+settings.register_profile("tiledseg", deadline=None)
+settings.load_profile("tiledseg")
 
 Slide = tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint32]]
 

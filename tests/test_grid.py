@@ -17,9 +17,9 @@ shapes = st.lists(st.integers(1, 40), min_size=2, max_size=3).map(tuple)
 
 @st.composite
 def block_grids(draw: st.DrawFn) -> BlockGrid:
-    shape = draw(shapes)
-    n = len(shape)
-    block = tuple(draw(st.lists(st.integers(1, 17), min_size=n, max_size=n)))
+    n = draw(st.integers(2, 3))
+    shape = tuple(draw(st.lists(st.integers(1, 14), min_size=n, max_size=n)))
+    block = tuple(draw(st.lists(st.integers(2, 17), min_size=n, max_size=n)))
     halo = tuple(draw(st.lists(st.integers(0, 9), min_size=n, max_size=n)))
     return BlockGrid(shape, block, halo)
 

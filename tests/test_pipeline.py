@@ -79,6 +79,14 @@ def test_labels_do_not_depend_on_how_the_image_is_given(
     assert np.array_equal(labels_of(image_path), whole)
 
 
+def test_an_array_with_empty_parts_can_be_sent_to_workers(slide: Slide, tmp_path: Path, client: Any) -> None:
+    image = np.zeros((1100, 1100), np.uint16)
+    image[:700, :610] = slide[0]
+    there = labels_of(image, tmp_path / "out.zarr", client=client)
+    assert there.max() > 300
+    assert np.array_equal(there, labels_of(image))
+
+
 def test_a_fixed_halo_that_cuts_cells_is_reported(slide: Slide) -> None:
     found = tiledseg.segment(slide[0], diameter=DIAMETER, block=128, halo=6)
     assert found.report.n_cut_by_halo > 0

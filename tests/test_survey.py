@@ -28,7 +28,7 @@ def test_percentiles_are_those_of_the_whole_image(slide: Slide) -> None:
 def test_percentiles_of_a_large_image_are_sampled_evenly() -> None:
     image = np.add.outer(np.arange(3000.0), np.arange(2500.0)).astype(np.float32)
     found = tiledseg.segment(image, diameter=400.0).report
-    assert found.percentiles == pytest.approx(tuple(np.percentile(image, [1, 99])), rel=2e-3)
+    assert found.percentiles == pytest.approx(tuple(np.percentile(image, [1, 99])), rel=1e-2)
 
 
 @given(st.floats(0.1, 1000), st.floats(-500, 500), st.integers(0, 100))

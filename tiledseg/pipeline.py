@@ -188,7 +188,7 @@ def segment(
             store,
         )
         run_id = reopen(job, place, restart)
-        job = dataclasses.replace(job, image=shippable(job, executor))
+        job = shippable(job, executor)
         return _run(job, place, run_id, executor, told)
 
 

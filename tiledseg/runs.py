@@ -178,11 +178,11 @@ def fingerprint(image: Image) -> str:
     return digest(parts, content.hexdigest())
 
 
-def shippable(job: Job, executor: Executor) -> Image:
-    """The image as workers can open it: an array of this process is written into the scratch."""
+def shippable(job: Job, executor: Executor) -> Job:
+    """The job with an image that workers can open: an array of this process goes into the scratch."""
     image = job.image
     if executor.in_process or is_shippable(image):
-        return image
+        return job
     if not isinstance(job.store, DiskStore):
         raise SettingsError("to segment an array on a cluster, say where the labels go: output=...")
     chunks = tuple(min(n, 1024) if axis in "yx" else 1 for n, axis in zip(image.shape, image.axes, strict=True))
@@ -196,6 +196,9 @@ def shippable(job: Job, executor: Executor) -> Image:
             copy[region] = image.read(0, region)
             job.store.mark("image", [i])
     stored = open_image(job.store.path / "image.zarr", axes=image.axes)
-    return dataclasses.replace(
+    stored = dataclasses.replace(
         stored, name=image.name, spacing=image.spacing, units=image.units, channels=image.channels
     )
+    # Zarr does not store chunks that are all zero: here they are known not to be lost.
+    survey = dataclasses.replace(job.settings.survey, missing_chunks="fill")
+    return dataclasses.replace(job, image=stored, settings=dataclasses.replace(job.settings, survey=survey))
