@@ -19,7 +19,7 @@ __all__ = ["overview"]
 ON_DARK = np.array(
     [[240, 228, 66], [86, 180, 233], [230, 159, 0], [0, 200, 140], [235, 120, 190], [235, 90, 20]], np.uint8
 )
-ON_LIGHT = np.array([[0, 0, 0], [0, 114, 178], [213, 94, 0], [0, 120, 85], [190, 50, 140], [120, 80, 0]], np.uint8)
+ON_LIGHT = np.array([[0, 0, 0], [0, 90, 255], [255, 60, 0], [0, 150, 40], [220, 0, 170], [0, 160, 170]], np.uint8)
 N_COLOURS = len(ON_DARK)
 LOW_PERCENTILE, HIGH_PERCENTILE = 1.0, 99.7
 
@@ -87,10 +87,15 @@ def overview(
     pixels = np.asarray(image[region])
     shown = np.asarray(labels[region])
     picture = np.ascontiguousarray(_as_bytes(pixels, low, high))
+    # On a colourful picture a thin line is lost: there outlines are doubled with the pixels.
+    is_thick = pixels.ndim == 3
+    if is_thick:
+        _draw_outlines(picture, shown)
     if 2 * max(shown.shape) <= max_side:
         shown = shown.repeat(2, axis=0).repeat(2, axis=1)
         picture = picture.repeat(2, axis=0).repeat(2, axis=1)
-    _draw_outlines(picture, shown)
+    if not is_thick:
+        _draw_outlines(picture, shown)
     try:
         Image.fromarray(picture).save(path, format="PNG")
     except OSError as error:
