@@ -186,15 +186,14 @@ def _segment(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from .errors import OutputError
     from .images import open_image
     from .pipeline import preview
 
+    image = open_image(options.image, axes=options.axes)
     try:
-        facts = preview(options.image, axes=options.axes)
-    except OutputError:
-        # Nowhere to put labels without -o: still say what the image is.
-        facts = {"image": open_image(options.image, axes=options.axes).describe()}
+        facts = preview(options.image, None if image.writable_group else "OUT.ome.zarr", axes=options.axes)
+    except TiledsegError as error:
+        facts = {"image": image.describe(), "refused": str(error)}
     return _show(facts, options.json, _plan_text)
 
 
@@ -311,21 +310,13 @@ def _plan_text(facts: dict[str, Any]) -> list[str]:
         f"level {i}      shape {tuple(level['shape'])}, chunks {tuple(level['chunks'])}, {level['path'] or '.'}"
         for i, level in enumerate(image["levels"])
     ]
-    names = (
-        "channel",
-        "n_blocks",
-        "diameter",
-        "halo",
-        "n_tiles",
-        "working_shape",
-        "labels",
-        "table",
-        "scratch",
-    )
-    lines += [f"{name:<12} {facts[name]}" for name in names if facts.get(name) is not None]
-    if facts.get("labels") is None:
-        lines.append("labels       need a place of their own: give segment -o OUT.ome.zarr")
-    return lines
+    if "refused" in facts:
+        return [*lines, f"segment      would refuse: {facts['refused']}"]
+    names = {"channel": "channel", "n_blocks": "blocks", "diameter": "diameter", "halo": "halo", "n_tiles": "tiles"}
+    names |= {"working_shape": "working grid", "labels": "labels", "table": "table", "scratch": "scratch"}
+    lines.append("segment      would do this:")
+    lines += [f"  {text:<12} {facts[name]}" for name, text in names.items() if facts.get(name) is not None]
+    return [*lines, f"  {'there is':<12} {facts['state']}"]
 
 
 def _comparison_text(facts: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -18,13 +19,15 @@ from .images import Image, channel_index, open_image
 from .job import Diameter, Job, Surveyed, halo_of
 from .networks.models import find_model
 from .networks.runner import torch_threads_kept
-from .omezarr import level_array
+from .omezarr import labels_exist, level_array
 from .progress import Listener, Progress
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
 from .store import DiskStore, MemoryStore
 from .working import plane_axes, plane_shape
 
 __all__ = ["Report", "Segmentation", "estimate_diameter", "preview", "segment"]
+
+logger = logging.getLogger(__name__)
 
 FEW_BLOCKS = 4
 
@@ -168,9 +171,7 @@ def segment(
         call continues.
     """
     chosen = Settings.of(**settings)
-    opened = open_image(image, axes=axes)
-    plane_axes(opened)
-    channel = channel_index(opened, chosen.survey.channel)
+    opened, channel = _open(image, axes, chosen)
     place = place_of(opened, output, scratch, chosen)
     _check_geometry(chosen, opened)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
@@ -236,6 +237,21 @@ def _lazy_labels(job: Job) -> Any:
     return dask.array.from_array(labels.reshape(shape), chunks="auto", name=False)
 
 
+def _open(image: Any, axes: str | None, settings: Settings) -> tuple[Image, int]:
+    """The image and the channel to segment; a channel taken for want of a word is named."""
+    opened = open_image(image, axes=axes)
+    plane_axes(opened)
+    channel = channel_index(opened, settings.survey.channel)
+    if settings.survey.channel is None and opened.n_channels > 1:
+        logger.info(
+            "%s has channels %s; taking %s, another with --channel.",
+            opened.name,
+            ", ".join(opened.channels),
+            opened.channels[channel],
+        )
+    return opened, channel
+
+
 def _n_blocks(image: Image, settings: Settings) -> int:
     return math.prod(-(-n // settings.masks.block) for n in plane_shape(image))
 
@@ -283,13 +299,20 @@ def estimate_diameter(
         In pixels of level 0, with quartiles and the number of objects it rests on.
     """
     chosen = Settings.of(**settings)
-    opened = open_image(image, axes=axes)
-    plane_axes(opened)
-    channel = channel_index(opened, chosen.survey.channel)
+    opened, channel = _open(image, axes, chosen)
     with connect(small=True) as executor, torch_threads_kept():
         device = executor.device(chosen.flows.device)
         job = Job(opened, channel, chosen, find_model(chosen.flows.model), device, MemoryStore())
         return survey.run(job, executor, Progress(progress)).diameter
+
+
+def _state(place: Place) -> str:
+    """What `segment` would find where it writes."""
+    if place.scratch is not None and (place.scratch / "run.json").exists():
+        return "an earlier run, to be continued or refused"
+    if place.plan is not None and place.plan.path.exists() and labels_exist(place.plan):
+        return "labels of that name, so segment would refuse"
+    return "nothing yet"
 
 
 def preview(
@@ -305,13 +328,12 @@ def preview(
     Returns
     -------
     plan : dict
-        ``image`` as opened; ``channel``; ``blocks``; where ``labels`` and ``scratch`` would go; with a
-        diameter given or known from an earlier run also ``tiles``, ``working_shape`` and ``halo``.
+        ``image`` as opened; ``channel``; ``n_blocks``; where ``labels``, ``table`` and ``scratch`` would go
+        and the ``state`` of what is there; with a diameter given also ``n_tiles``, ``working_shape`` and
+        ``halo``.
     """
     chosen = Settings.of(**settings)
-    opened = open_image(image, axes=axes)
-    plane_axes(opened)
-    channel = channel_index(opened, chosen.survey.channel)
+    opened, channel = _open(image, axes, chosen)
     place = place_of(opened, output, scratch, chosen)
     _check_geometry(chosen, opened)
     facts: dict[str, Any] = {
@@ -321,6 +343,7 @@ def preview(
         "labels": None if place.plan is None else str(place.plan.path),
         "table": None if place.table is None else str(place.table),
         "scratch": None if place.scratch is None else str(place.scratch),
+        "state": _state(place),
     }
     given = chosen.survey.diameter_px(opened.spacing_um())
     if given is not None:
