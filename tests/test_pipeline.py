@@ -65,6 +65,10 @@ def test_labels_do_not_depend_on_who_works(
 ) -> None:
     assert np.array_equal(labels_of(image_path, tmp_path / "two.zarr", client=client, block=256), whole)
     assert np.array_equal(labels_of(image_path, tmp_path / "one.zarr", workers=1, block=300), whole)
+    client.write_scheduler_file(tmp_path / "scheduler.json")
+    for name, scheduler in (("a.zarr", client.scheduler.address), ("f.zarr", str(tmp_path / "scheduler.json"))):
+        assert np.array_equal(labels_of(image_path, tmp_path / name, scheduler=scheduler, block=512), whole)
+    assert client.status == "running", "a cluster that was given was closed"
 
 
 def test_labels_do_not_depend_on_how_the_image_is_given(
@@ -317,6 +321,29 @@ def test_bad_input_is_refused_before_anything_is_written(image_path: Path, tmp_p
     with pytest.raises(SettingsError, match="either a client or a scheduler"):
         tiledseg.segment(image_path, client=object(), workers=2)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.ones((1, 1), np.uint8),
+        np.arange(300, dtype=np.int16).reshape(1, 300) - 150,
+        np.arange(300.0).reshape(300, 1),
+        np.full((50, 50), np.nan),
+        np.where(np.eye(60) > 0, 1e300, 1.0),
+        np.arange(8100, dtype=">u2").reshape(90, 90),
+        np.arange(8100, dtype=np.uint64).reshape(90, 90) << 40,
+        np.linspace(0, 1, 10_000).astype(np.float16).reshape(100, 100),
+    ],
+    ids=["1x1", "1x300", "300x1", "nan", "huge", "big-endian", "uint64", "float16"],
+)
+@pytest.mark.parametrize("settings", [{}, {"diameter": 10.0, "block": 64}], ids=["auto", "given"])
+def test_odd_images_are_segmented_all_the_same(image: npt.NDArray[Any], settings: dict[str, Any]) -> None:
+    found = tiledseg.segment(image, **settings)
+    labels = found.labels.compute()
+    assert labels.shape == image.shape
+    assert labels.max() == found.report.n_objects == found.table.num_rows
+    assert found.report.n_nonfinite == np.count_nonzero(~np.isfinite(image.astype(np.float64)) | (image == 1e300))
 
 
 def test_torch_gets_its_threads_back(slide: Slide) -> None:

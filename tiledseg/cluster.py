@@ -220,39 +220,37 @@ def _explained(error: BaseException, function: Function, item: Item) -> BaseExce
     return error
 
 
+def _devices(workers: int | None, device: str) -> list[str | None]:
+    """For each process to make here the GPU it is pinned to, None on a CPU."""
+    if device == "cpu" or resolve_device(device) == "cpu":
+        return [None] * (workers or max(1, n_cores() // 4))
+    import torch
+
+    n_gpus = torch.cuda.device_count()
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))).split(",")
+    return [visible[i % n_gpus] for i in range(workers or n_gpus)]
+
+
 @contextlib.contextmanager
-def _local_client(n_workers: int, device: str, scratch: Path | None) -> Iterator[Any]:
+def _local_client(workers: int | None, device: str) -> Iterator[Any]:
     """A cluster of processes on this machine, gone with the context."""
     from distributed import Client, Nanny, Scheduler, SpecCluster
 
-    devices: list[str | None] = [None] * n_workers
-    if device != "cpu" and resolve_device(device) == "cuda":
-        import torch
-
-        n_gpus = torch.cuda.device_count()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
-        devices = [visible.split(",")[i % n_gpus] for i in range(n_workers)]
-    n_threads = max(1, n_cores() // n_workers)
-    workers = {
-        i: {
-            "cls": Nanny,
-            "options": {
-                "nthreads": n_threads,
-                "env": {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu},
-                "memory_limit": 0,  # blocks bound the memory; a limit guessed here would kill workers instead
-                "dashboard": False,
-                "local_directory": None if scratch is None else str(scratch),
-                "silence_logs": logging.CRITICAL,
-            },
-        }
+    devices = _devices(workers, device)
+    options = {
+        "nthreads": max(1, n_cores() // len(devices)),
+        "memory_limit": 0,  # blocks bound the memory; a limit guessed here would kill workers instead
+        "dashboard": False,
+        "silence_logs": logging.CRITICAL,
+    }
+    specs = {
+        i: {"cls": Nanny, "options": {**options, "env": {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}}}
         for i, gpu in enumerate(devices)
     }
-    scheduler = {
-        "cls": Scheduler,
-        "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"},
-    }
+    addresses = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+    scheduler = {"cls": Scheduler, "options": {"dashboard": False, **addresses}}
     with (
-        SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
+        SpecCluster(workers=specs, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         yield client
@@ -291,7 +289,6 @@ def connect(
     workers: int | None = None,
     device: str = "auto",
     small: bool = False,
-    scratch: Path | None = None,
 ) -> Iterator[Executor]:
     """An executor for the cluster that was asked for.
 
@@ -307,8 +304,6 @@ def connect(
         Setting of the run.
     small : bool
         The image has a few blocks only: with nothing else asked for, stay in this process.
-    scratch : Path, optional
-        Folder for the workers' own files.
 
     Raises
     ------
@@ -329,8 +324,7 @@ def connect(
         elif small and workers is None:
             yield ThreadExecutor(n_cores())
         else:
-            n_workers = workers or max(1, n_cores() // 4)
-            yield DaskExecutor(stack.enter_context(_local_client(n_workers, device, scratch)))
+            yield DaskExecutor(stack.enter_context(_local_client(workers, device)))
 
 
 def _as_client(client: Any, stack: contextlib.ExitStack) -> Any:

@@ -173,6 +173,7 @@ def segment(
     chosen = Settings.of(**settings)
     opened, channel = _open(image, axes, chosen)
     place = place_of(opened, output, scratch, chosen)
+    model = find_model(chosen.flows.model)
     _check_geometry(chosen, opened)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
     told = Progress(progress)
@@ -180,14 +181,10 @@ def segment(
         scratch_of(place) as store,
         connect(client, scheduler=scheduler, workers=workers, device=chosen.flows.device, small=is_small) as executor,
     ):
-        job = Job(
-            opened,
-            channel,
-            chosen,
-            find_model(chosen.flows.model),
-            executor.device(chosen.flows.device),
-            store,
-        )
+        device = executor.device(chosen.flows.device)
+        if device == "cpu" and chosen.flows.device == "auto":
+            logger.info("no GPU found: the network runs on the CPU.")
+        job = Job(opened, channel, chosen, model, device, store)
         run_id = reopen(job, place, restart)
         job = shippable(job, executor)
         return _run(job, place, run_id, executor, told)

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
+from .config import MasksConfig
 from .dynamics import compute_masks
 from .errors import ImageError, ModelError
 from .grid import Region, WorkingGrid
@@ -147,16 +148,11 @@ def survey_region(number: int, job: Job) -> dict[str, Any]:
     )
     raw = read_plane(job.image, sampling.level, wide, job.channel)
     core = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(region, wide, strict=True))
-    n_nonfinite = 0
-    if raw.dtype.kind == "f":
-        finite = np.isfinite(raw)
-        n_nonfinite = int((~finite[core]).sum())
-        lowest = float(raw[finite].min()) if finite.any() else 0.0
-        values = finite_float(raw, lowest)
-        samples = np.where(finite, values, np.float32(np.nan))[core][sampling.sampled(region)].ravel()
-    else:
-        values = raw.astype(np.float32)
-        samples = values[core][sampling.sampled(region)].ravel()
+    values = finite_float(raw, np.nan)
+    samples = values[core][sampling.sampled(region)].ravel()
+    n_nonfinite = int(np.isnan(values[core]).sum())
+    if n_nonfinite or np.isnan(values).any():
+        values[np.isnan(values)] = 0 if np.isnan(values).all() else np.nanmin(values)
     stored = np.full(sampling.samples_per_region, np.nan, np.float32)
     stored[: samples.size] = samples
     job.store.open("survey.zarr/samples")[number] = stored
@@ -380,7 +376,8 @@ def measure_window(item: tuple[Centre, float], job: Job) -> tuple[npt.NDArray[np
     grid, values, inside = _window(job, centre, diameter)
     output, _ = load_network(job.model, job.device).predict(_as_input(values, job.model.n_channels))
     output = output[0][(slice(None), *inside)]
-    masks = job.settings.masks
+    # The default thresholds, not those of the run: mask settings may change while the diameter stays.
+    masks = MasksConfig()
     labels = compute_masks(
         np.ascontiguousarray(output[:-1]),
         np.ascontiguousarray(output[-1]),

@@ -125,7 +125,7 @@ def read_tile(
 
 
 def finite_float(values: npt.NDArray[np.generic], background: float) -> FloatArray:
-    """As float32, with what is not finite replaced."""
+    """As float32, with what is not finite, or beyond float32, replaced."""
     with np.errstate(over="ignore"):
         result = values.astype(np.float32)
     if values.dtype.kind == "f":
