@@ -282,6 +282,8 @@ def test_bad_json(tmp_path, content):
 
 
 @pytest.mark.parametrize("key", ["shape", "data_type", "codecs", "chunk_grid"])
+# Newer zarr also warns of some of these.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "value", [None, "x", [], [-3, 1], {"name": "regular", "configuration": {"chunk_shape": [0, 0]}}]
 )
@@ -582,7 +584,7 @@ def test_tiff_reads_only_the_tiles_it_needs(tmp_path):
     image = open_image(tmp_path / "a.tif")
     assert image.levels[0].chunks == (16, 16)
     image.read(0, (slice(0, 112), slice(0, 128)))
-    with pytest.raises(ImageError, match=r"chunk 7\.7 of .*a\.tif cannot be read .*; restore the file"):
+    with pytest.raises(ImageError, match=r"chunk (c/)?7[./]7 of .*a\.tif cannot be read .*; restore the file"):
         whole(image)
 
 

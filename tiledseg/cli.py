@@ -231,13 +231,13 @@ def _demo(options: argparse.Namespace) -> int:
 
     bars = _Bars()
     try:
-        facts = run_demo(Path(options.output), progress=bars, say=None if options.json else bars_print(bars))
+        facts = run_demo(Path(options.output), progress=bars, say=None if options.json else _printer(bars))
     finally:
         bars.close()
     return _show(facts, options.json, lambda _: [])
 
 
-def bars_print(bars: _Bars) -> Any:
+def _printer(bars: _Bars) -> Any:
     """A print that ends the running bar first."""
 
     def say(line: str) -> None:

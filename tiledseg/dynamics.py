@@ -36,8 +36,10 @@ __all__ = [
     "compute_masks",
     "fill_holes",
     "find_sinks",
+    "finish_masks",
     "flow_errors",
     "follow_flows",
+    "gather_pixels",
     "grow_sinks",
     "renumber",
     "warm_up",
@@ -103,14 +105,47 @@ def compute_masks(
             f"flows of shape {flows.shape} do not fit a cellprob of shape {cellprob.shape}; "
             f"give shape {(cellprob.ndim, *cellprob.shape)}."
         )
+    gathered = gather_pixels(flows, cellprob, cellprob_threshold=cellprob_threshold, niter=niter)
+    return finish_masks(gathered, flows, flow_threshold=flow_threshold, min_size=min_size)
+
+
+def gather_pixels(flows: FloatArray, cellprob: FloatArray, *, cellprob_threshold: float, niter: int) -> Labels:
+    """The first half of :func:`compute_masks`: which foreground pixels flow to the same sink.
+
+    Parameters are those of :func:`compute_masks`.
+
+    Returns
+    -------
+    labels : array of int32, shape (*spatial)
+        One label per sink in no particular order, 0 background.
+    """
     is_foreground = cellprob > cellprob_threshold
     ends = follow_flows(flows, is_foreground, niter)
     if not is_foreground.any():
-        return np.zeros(cellprob.shape, np.uint32)
+        return np.zeros(cellprob.shape, np.int32)
     counts = np.bincount(ends[ends >= 0], minlength=ends.size).astype(np.int32).reshape(ends.shape)
     regions = grow_sinks(counts, find_sinks(counts))
-    labels = np.where(ends >= 0, regions.reshape(-1)[ends], np.int32(0))
+    return np.where(ends >= 0, regions.reshape(-1)[ends], np.int32(0))
 
+
+def finish_masks(
+    gathered: Labels, flows: FloatArray, *, flow_threshold: float, min_size: int
+) -> npt.NDArray[np.uint32]:
+    """The second half of :func:`compute_masks`: drop what is no object, fill holes, number.
+
+    Parameters
+    ----------
+    gathered : array of int32, shape (*spatial)
+        From :func:`gather_pixels`.
+    flows, flow_threshold, min_size
+        As for :func:`compute_masks`.
+
+    Returns
+    -------
+    labels : array of uint32, shape (*spatial)
+        As of :func:`compute_masks`.
+    """
+    labels = gathered
     sizes = np.bincount(labels.reshape(-1), minlength=1)[1:]
     labels = renumber(labels, sizes >= max(min_size, 1))
     if flow_threshold > 0:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
 from .config import MasksConfig
-from .dynamics import compute_masks
+from .dynamics import finish_masks, gather_pixels
 from .grid import Block, Region, interpolate, samples_needed
 from .job import CELLPROB_FLOOR, Job
 from .progress import Progress
@@ -59,8 +59,8 @@ def read_flows(job: Job, region: Region) -> FloatArray:
     return values
 
 
-def process_block(values: FloatArray, masks: MasksConfig, niter: int, min_size: int) -> LabelArray:
-    """Labels of one padded block.
+def process_block(values: FloatArray, masks: MasksConfig, niter: int) -> npt.NDArray[np.int32]:
+    """Gather the pixels of one padded block into objects, none dropped yet.
 
     Parameters
     ----------
@@ -68,43 +68,60 @@ def process_block(values: FloatArray, masks: MasksConfig, niter: int, min_size: 
         Unit flow per axis and cell logit, at the size the flows are followed at.
     masks : MasksConfig
         Thresholds.
-    niter, min_size : int
-        In pixels of `values`.
+    niter : int
+        Steps at most, in pixels of `values`.
 
     Returns
     -------
-    labels : array of uint32, shape (*spatial)
-        1..n in raster order of first pixel, 0 background.
+    gathered : array of int32, shape (*spatial)
+        One label per object in no particular order, 0 background.
     """
-    return compute_masks(
-        values[:-1],
-        values[-1],
-        cellprob_threshold=masks.cellprob_threshold,
-        flow_threshold=masks.flow_threshold,
-        niter=niter,
-        min_size=min_size,
-    ).astype(np.uint32, copy=False)
+    return gather_pixels(values[:-1], values[-1], cellprob_threshold=masks.cellprob_threshold, niter=niter)
 
 
-def _labels_of(job: Job, region: Region) -> LabelArray:
-    """Labels of a region of level 0, as if it were the whole image."""
-    masks, working = job.settings.masks, job.working
+def _values_of(job: Job, region: Region) -> tuple[FloatArray, list[npt.NDArray[np.int64]] | None]:
+    """Network output for a region of level 0 at the size the flows are followed at, and for each
+    pixel of the region the one of the output that is nearest, None if they are the same."""
+    working = job.working
     coordinates = [working.from_image(p.start, p.stop, axis) for axis, p in enumerate(region)]
-    if masks.resample:
+    if job.settings.masks.resample:
         needed = tuple(samples_needed(c, n) for c, n in zip(coordinates, working.shape, strict=True))
         positions = [(c, n, p.start) for c, n, p in zip(coordinates, working.shape, needed, strict=True)]
-        values = np.ascontiguousarray(interpolate(read_flows(job, needed), positions))
-        return process_block(values, masks, job.niter, masks.min_size)
+        return np.ascontiguousarray(interpolate(read_flows(job, needed), positions)), None
     nearest = [
         np.clip(np.floor(c + 0.5).astype(np.int64), 0, n - 1) for c, n in zip(coordinates, working.shape, strict=True)
     ]
     needed = tuple(slice(int(i[0]), int(i[-1]) + 1) for i in nearest)
-    volume = float(np.prod(working.scale))
-    labels = process_block(read_flows(job, needed), masks, job.niter, round(masks.min_size * volume))
-    return labels[np.ix_(*(i - p.start for i, p in zip(nearest, needed, strict=True)))]
+    return read_flows(job, needed), [i - p.start for i, p in zip(nearest, needed, strict=True)]
 
 
-def _cut_by_halo(labels: LabelArray, block: Block, shape: tuple[int, ...]) -> npt.NDArray[np.uint32]:
+def _labels_of(job: Job, block: Block) -> tuple[LabelArray, Block, int]:
+    """Labels of a block with its halo, the block with the halo it took, and the objects that cut.
+
+    Whether an object is cut is asked before any is dropped: one that is cut off disagrees with the
+    flow and might be dropped for that alone. With an automatic halo the block is then seen with a
+    larger one.
+    """
+    grid, masks = job.blocks, job.settings.masks
+    for growth in HALO_GROWTHS if masks.halo == "auto" else HALO_GROWTHS[:1]:
+        grown = grid.at(block.index, tuple(h * growth for h in grid.halo))
+        values, nearest = _values_of(job, grown.padded)
+        gathered = process_block(values, masks, job.niter)
+        if _cut_by_halo(_at_pixels(gathered, nearest), grown, grid.shape).size == 0:
+            break
+    # Without resampling objects are measured on the network's grid.
+    min_size = masks.min_size if nearest is None else round(masks.min_size * float(np.prod(job.working.scale)))
+    finished = finish_masks(gathered, values[:-1], flow_threshold=masks.flow_threshold, min_size=min_size)
+    labels = _at_pixels(finished, nearest)
+    return labels, grown, _cut_by_halo(labels, grown, grid.shape).size
+
+
+def _at_pixels(labels: Any, nearest: list[npt.NDArray[np.int64]] | None) -> Any:
+    """Labels at the pixels of level 0."""
+    return labels if nearest is None else labels[np.ix_(*nearest)]
+
+
+def _cut_by_halo(labels: Any, block: Block, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """Labels that reach both into the core and to an edge of the padded block inside the image."""
     edges = []
     for axis, part in enumerate(block.padded):
@@ -112,26 +129,22 @@ def _cut_by_halo(labels: LabelArray, block: Block, shape: tuple[int, ...]) -> np
             edges.append(labels.take(0, axis=axis).ravel())
         if part.stop < shape[axis]:
             edges.append(labels.take(-1, axis=axis).ravel())
-    if not edges:
-        return np.zeros(0, np.uint32)
-    return np.intersect1d(np.concatenate(edges), labels[block.core_in_padded])
+    is_at_edge = np.zeros(int(labels.max(initial=0)) + 1, np.bool_)
+    for edge in edges:
+        is_at_edge[edge] = True
+    is_at_edge[0] = False
+    core = labels[block.core_in_padded]
+    return np.unique(core[is_at_edge[core]])
 
 
 def label_block(number: int, job: Job) -> dict[str, Any]:
-    """Task: label one block; with an automatic halo, look further round where a cell is cut by it."""
+    """Task: label one block and keep what reaches into its core."""
     grid = job.blocks
     block = grid.at(grid.index_of(number))
     if not job.may_hold_cells(block.padded):
         job.store.save(f"{job.labels}/objects/{number}", np.array([0, 1], np.int64))
         return {"peak": peak_memory()}
-    growths = HALO_GROWTHS if job.settings.masks.halo == "auto" else (1,)
-    for growth in growths:
-        grown = grid.at(block.index, tuple(h * growth for h in grid.halo))
-        labels = _labels_of(job, grown.padded)
-        cut = _cut_by_halo(labels, grown, grid.shape)
-        n_cut = int(np.count_nonzero(cut))
-        if n_cut == 0:
-            break
+    labels, grown, n_cut = _labels_of(job, block)
     inner = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(block.padded, grown.padded, strict=True))
     labels, first = _keep_core_objects(np.ascontiguousarray(labels[inner]), block, grid.shape)
     where = tuple(slice(0, n) for n in labels.shape)

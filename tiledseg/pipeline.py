@@ -182,10 +182,10 @@ def segment(
         connect(client, scheduler=scheduler, workers=workers, device=chosen.flows.device, small=is_small) as executor,
     ):
         device = executor.device(chosen.flows.device)
-        if device == "cpu" and chosen.flows.device == "auto":
-            logger.info("no GPU found: the network runs on the CPU.")
         job = Job(opened, channel, chosen, model, device, store)
         run_id = reopen(job, place, restart)
+        if device == "cpu" and chosen.flows.device == "auto":
+            logger.info("no GPU found: the network runs on the CPU.")
         job = shippable(job, executor)
         return _run(job, place, run_id, executor, told)
 

@@ -50,7 +50,7 @@ PERCENTILES = (1.0, 99.0)
 
 # What is left of white noise after means over 4 x 4 pixels and a Gaussian of one such mean.
 NOISE_LEFT = 0.0705
-RANGE_IN_NOISE = 10.0
+RANGE_IN_NOISE = 12.0
 RANGE_IN_CONTRAST = 0.005
 
 WINDOWS_PER_AXIS = 6
