@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,18 @@ def test_an_array_with_empty_parts_can_be_sent_to_workers(slide: Slide, tmp_path
     there = labels_of(image, tmp_path / "out.zarr", client=client)
     assert there.max() > 300
     assert np.array_equal(there, labels_of(image))
+
+
+def test_relative_paths_mean_the_same_to_workers_elsewhere(
+    whole: npt.NDArray[np.uint32], image_path: Path, tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tifffile.imwrite(tmp_path / "slide.tif", zarr.open_array(image_path / "0", mode="r")[:], tile=(128, 128))
+    monkeypatch.chdir(tmp_path)
+    client.run(os.chdir, "/")
+    for image in ("slide.ome.zarr", "slide.tif"):
+        assert np.array_equal(labels_of(image, f"{image}.out.zarr", client=client, block=300), whole)
+    assert np.array_equal(labels_of("slide.ome.zarr", client=client, block=300, scratch="elsewhere"), whole)
+    assert (tmp_path / "elsewhere" / "slide.ome.zarr.cells.tiledseg" / "run.json").is_file()
 
 
 def test_a_fixed_halo_that_cuts_cells_is_reported(slide: Slide) -> None:

@@ -68,8 +68,8 @@ def place_of(image: Image, output: Any, scratch: Any, settings: Settings) -> Pla
         return Place(None, None, None)
     name = settings.publish.name
     plan = plan_labels(image, None if output is None else Path(output), name, settings.publish.ome_zarr)
-    parent = plan.root.absolute().parent if scratch is None else Path(scratch).absolute()
-    folder = parent / f"{plan.root.absolute().name}.{name}.tiledseg"
+    parent = plan.root.parent if scratch is None else Path(scratch).absolute()
+    folder = parent / f"{plan.root.name}.{name}.tiledseg"
     return Place(plan, plan.root / "tables" / name / "table.parquet", folder)
 
 
@@ -141,7 +141,7 @@ def _owner(plan: LabelsPlan) -> str | None:
 def labels_folder(job: Job, place: Place, run_id: str) -> str:
     """The folder of the scratch for these mask settings; what others left, and published, goes."""
     kept = {k: v for k, v in job.settings.flat().items() if k in MAY_CHANGE}
-    resolved = digest(kept, job.halo, job.niter, None if place.plan is None else str(place.plan.path.absolute()))
+    resolved = digest(kept, job.halo, job.niter, None if place.plan is None else str(place.plan.path))
     folder = f"masks-{resolved}"
     plan = place.plan
     if plan is None:

@@ -83,7 +83,7 @@ def open_tiff(path: Path, axes: str | None) -> Image:
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"{path} is not a readable TIFF ({error}); give a TIFF or a Zarr.") from error
-    source = TiffSource(str(path), disk_axes, stamp)
+    source = TiffSource(str(path.absolute()), disk_axes, stamp)
     known = [calibration.get(letter, (0.0, None)) for letter in disk_axes]
     stored[0] = replace(stored[0], scale=[size for size, _ in known])
     image = assemble_image(str(path), source, np.dtype(series.dtype), stored, [unit for _, unit in known])

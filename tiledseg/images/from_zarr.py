@@ -192,7 +192,7 @@ def _open_bare(path: Path, node: _Node, axes: str | None) -> Image:
         if set(letters) <= set(ALL_AXES) and len(letters) == array.ndim == len(set(letters)):
             axes = "".join(letters)
     axes = given_axes(axes, array.shape, str(path))
-    source = ZarrSource(str(path), axes, node.zarr_format, node.stamp)
+    source = ZarrSource(str(path.absolute()), axes, node.zarr_format, node.stamp)
     image = assemble_image(str(path), source, array.dtype, [StoredLevel("", array.shape, array.chunks)])
     return replace(image, zarr_format=node.zarr_format)
 
@@ -219,7 +219,7 @@ def _open_multiscales(path: Path, node: _Node, axes: str | None) -> Image:
     if any(stored[0].scale and stored[0].scale[disk_axes.index(a)] <= 0 for a in spatial_axes(disk_axes)):
         _log.warning("%s gives a pixel size of zero or less, taken as unknown", path)
     first = _read_node(path / stored[0].path)
-    source = ZarrSource(str(path), disk_axes, node.zarr_format, first.stamp if first else 0)
+    source = ZarrSource(str(path.absolute()), disk_axes, node.zarr_format, first.stamp if first else 0)
     image = assemble_image(str(path), source, arrays[0].dtype, stored, units)
     writable = (version, node.zarr_format) in (("0.4", 2), ("0.5", 3)) and "image-label" not in node.ome
     return replace(
@@ -323,6 +323,6 @@ def _only_level(image: Image, level: Level, path: Path, node: _Node) -> Image:
         levels=(replace(level, path="", scale=(1.0,) * n_spatial, offset=(0.0,) * n_spatial),),
         spacing=tuple(spacing),
         translation=tuple(translation),
-        source=ZarrSource(str(path), image.source.axes, node.zarr_format, node.stamp),
+        source=ZarrSource(str(path.absolute()), image.source.axes, node.zarr_format, node.stamp),
         writable_group=None,
     )

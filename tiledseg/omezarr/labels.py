@@ -129,7 +129,8 @@ def plan_labels(image: Image, output: Path | None, name: str, version: str | Non
         raise SettingsError(f"OME-Zarr version {version!r} cannot be written; use 0.4 or 0.5.")
     if output is None and image.writable_group is None:
         raise OutputError(f"{image.name} is no OME-Zarr image that can hold labels; say where with -o OUT.zarr.")
-    root = Path(output) if output is not None else Path(image.writable_group or "")
+    # Absolute: workers may run in another folder.
+    root = Path(output if output is not None else image.writable_group or "").absolute()
     found, n_datasets = _container(root)
     if None not in (found, version) and found != version:
         raise SettingsError(f"{root} is OME-Zarr {found}, not {version}; leave out the version.")
