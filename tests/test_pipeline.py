@@ -231,6 +231,22 @@ def test_output_is_valid_ome_zarr(slide: Slide, tmp_path: Path, version: str) ->
         yaozarrs.validate_zarr_store(inside / "labels")
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.filterwarnings("ignore:Consolidated metadata:UserWarning")
+def test_a_copy_of_all_metadata_tells_of_the_labels(slide: Slide, tmp_path: Path, version: str) -> None:
+    path = tmp_path / "image.ome.zarr"
+    write_image(path, slide[0][:200, :200], axes="yx", version=version)
+    zarr.consolidate_metadata(path)
+    labels = labels_of(path)
+    seen = zarr.open_consolidated(path)
+    assert np.array_equal(seen["labels/cells/0"][:], labels)
+    plain = tmp_path / "plain.ome.zarr"
+    write_image(plain, slide[0][:200, :200], axes="yx", version=version)
+    labels_of(plain)
+    with pytest.raises(ValueError, match=r"onsolidated|zmetadata"):
+        zarr.open_consolidated(plain)
+
+
 def test_axes_of_length_one_are_carried_along(slide: Slide, whole: npt.NDArray[np.uint32], tmp_path: Path) -> None:
     write_image(tmp_path / "five.ome.zarr", slide[0][None, None, None], axes="tczyx", spacing_um=(2.0, 0.5, 0.5))
     labels = labels_of(tmp_path / "five.ome.zarr")

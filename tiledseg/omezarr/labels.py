@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -265,11 +266,11 @@ def finish_labels(plan: LabelsPlan) -> None:
     entry["metadata"] = {"description": "every second pixel of the level before", "method": "tiledseg"}
     update_ome(_must_open(plan.path), plan.version, {"multiscales": [entry], "image-label": label_info})
     listed = _listed_labels(plan)
-    if plan.name in listed:
-        return
-    if open_group(plan.root / "labels") is None:
-        zarr.create_group(plan.root / "labels", zarr_format=zarr_format(plan.version))
-    update_ome(_must_open(plan.root / "labels"), plan.version, {"labels": [*listed, plan.name]})
+    if plan.name not in listed:
+        if open_group(plan.root / "labels") is None:
+            zarr.create_group(plan.root / "labels", zarr_format=zarr_format(plan.version))
+        update_ome(_must_open(plan.root / "labels"), plan.version, {"labels": [*listed, plan.name]})
+    _refresh_consolidated(plan.root)
 
 
 def remove_labels(plan: LabelsPlan) -> None:
@@ -291,6 +292,23 @@ def remove_labels(plan: LabelsPlan) -> None:
     metadata = {"zarr.json", ".zgroup", ".zattrs", ".zmetadata"}
     if folder.is_dir() and not _listed_labels(plan) and {child.name for child in folder.iterdir()} <= metadata:
         shutil.rmtree(folder)  # a group that lists no labels would make the image around it invalid
+    _refresh_consolidated(plan.root)
+
+
+def _refresh_consolidated(root: Path) -> None:
+    """Where a container keeps a copy of all metadata, make it tell of what has changed."""
+    import zarr
+
+    if not root.is_dir():
+        return
+    with warnings.catch_warnings():
+        # zarr warns that the copy is no part of the specification of Zarr 3; here it is there already.
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            zarr.open_consolidated(root)
+        except (OSError, ValueError, KeyError):
+            return
+        zarr.consolidate_metadata(root)
 
 
 def open_labels(path: str | Path) -> Any:
