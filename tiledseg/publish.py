@@ -30,8 +30,6 @@ __all__ = ["process_block", "run", "table_of"]
 
 REGION = 2048
 
-Measured = dict[str, npt.NDArray[Any]]
-
 
 def process_block(
     labels: npt.NDArray[np.uint32], intensities: npt.NDArray[Any], origin: tuple[int, ...]
