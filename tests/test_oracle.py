@@ -16,6 +16,10 @@ from tiledseg.networks.runner import load_network
 from tiledseg.slides import synthetic_slide
 
 
+# Of torch, when Cellpose builds its sparse histogram.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+
+
 def cellpose_labels(image: npt.NDArray[Any], diameter: float) -> npt.NDArray[np.uint32]:
     """The same network through Cellpose's normalisation, tiling, blending and dynamics."""
     dynamics = pytest.importorskip("cellpose.dynamics")

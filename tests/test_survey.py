@@ -20,9 +20,25 @@ def statistics_of(image: np.ndarray) -> np.ndarray:
     return process_block(image.astype(np.float32), tuple(slice(0, n) for n in image.shape))
 
 
-def test_percentiles_are_those_of_the_whole_image(slide: Slide) -> None:
-    report = tiledseg.segment(slide[0], diameter=24.0, block=128).report
-    assert report.percentiles == pytest.approx(tuple(np.percentile(slide[0], [1, 99])))
+def test_percentiles_are_those_of_the_whole_image_whatever_the_block(slide: Slide) -> None:
+    image = slide[0][:256, :256]
+    for block in (64, 256):
+        report = tiledseg.segment(image, diameter=24.0, block=block).report
+        assert report.percentiles == pytest.approx(tuple(np.percentile(image, [1, 99])))
+
+
+@pytest.mark.parametrize("foreground", ["auto", "off"])
+def test_empty_parts_of_a_slide_do_not_count(slide: Slide, foreground: str) -> None:
+    """A slide with cells on one percent of it: by all its pixels both percentiles are background."""
+    image = np.random.default_rng(0).poisson(150, (2600, 2600)).astype(np.uint16)
+    image[1000:1260, 1500:1760] = slide[0][:260, :260]
+    alone = tiledseg.segment(slide[0][:260, :260], diameter=24.0)
+    among = tiledseg.segment(image, diameter=24.0, foreground=foreground)
+    assert among.report.percentiles[1] == pytest.approx(alone.report.percentiles[1], rel=0.2)
+    assert (among.report.n_skipped_tiles > 50) == (foreground == "auto")
+    found = among.labels.compute()[1000:1260, 1500:1760]
+    assert tiledseg.compare(found, alone.labels.compute()).overall.ap[0] > 0.9
+    assert among.report.n_objects == pytest.approx(alone.report.n_objects, abs=5)
 
 
 def test_percentiles_of_a_large_image_are_sampled_evenly() -> None:

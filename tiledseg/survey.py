@@ -136,6 +136,18 @@ class _Sampling:
         first = self.step // 2
         return tuple(slice((first - p.start) % self.step, p.stop - p.start, self.step) for p in region)
 
+    def where(self, samples: FloatArray, cells: npt.NDArray[np.bool_]) -> FloatArray:
+        """Of the stored samples, shape (regions, samples), those that lie in the marked cells."""
+        kept = []
+        for number in range(len(samples)):
+            region = self.region(number)
+            rows, columns = (
+                np.arange(p.start, p.stop)[s] // CELL for p, s in zip(region, self.sampled(region), strict=True)
+            )
+            is_kept = cells[np.ix_(rows, columns)].ravel()
+            kept.append(samples[number, : is_kept.size][is_kept])
+        return np.concatenate(kept)
+
 
 def survey_region(number: int, job: Job) -> dict[str, Any]:
     """Task: sample one region and measure its cells."""
@@ -156,9 +168,8 @@ def survey_region(number: int, job: Job) -> dict[str, Any]:
     stored = np.full(sampling.samples_per_region, np.nan, np.float32)
     stored[: samples.size] = samples
     job.store.open("survey.zarr/samples")[number] = stored
-    if job.settings.survey.foreground == "auto":
-        cells = tuple(slice(p.start // CELL, -(-p.stop // CELL)) for p in region)
-        job.store.open("survey.zarr/cells")[(slice(None), *cells)] = process_block(values, core)
+    cells = tuple(slice(p.start // CELL, -(-p.stop // CELL)) for p in region)
+    job.store.open("survey.zarr/cells")[(slice(None), *cells)] = process_block(values, core)
     extremes = values[core]
     job.store.save(f"survey.zarr/facts-{number}", np.array([n_nonfinite, extremes.min(), extremes.max()], np.float64))
     return {"peak": peak_memory()}
@@ -206,12 +217,16 @@ def run(job: Job, executor: Executor, progress: Progress) -> Surveyed:
 def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
     """Percentiles and foreground map from what the regions left."""
     samples = job.store.open("survey.zarr/samples")[:]
-    n_regions = samples.shape[0]
-    samples = samples[np.isfinite(samples)]
-    facts = np.stack([job.store.load(f"survey.zarr/facts-{i}") for i in range(n_regions)])
+    cells = job.store.open("survey.zarr/cells")[:]
+    facts = np.stack([job.store.load(f"survey.zarr/facts-{i}") for i in range(len(samples))])
     lowest, highest = float(facts[:, 1].min()), float(facts[:, 2].max())
-    low, high = (float(v) for v in np.percentile(samples, PERCENTILES)) if samples.size else (0.0, 0.0)
     is_constant = not highest > lowest
+    low, high = _percentiles(samples)
+    # On a slide that is nearly empty both percentiles of all pixels are background, and cells would
+    # be many times brighter than the network has ever seen: the empty parts do not count.
+    holds_something = foreground_map(cells, high - low, reach=0)
+    if holds_something.any():
+        low, high = _percentiles(sampling.where(samples, holds_something))
     if not high > low and not is_constant:
         logger.warning(
             "percentiles 1 and 99 of %s are both %g; normalising by its smallest and largest value, %g and %g.",
@@ -228,14 +243,23 @@ def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
     if job.settings.survey.foreground == "auto" and not is_constant:
         level = job.image.levels[sampling.level]
         cell = tuple(CELL * level.scale[job.image.spatial_axes.index(axis)] for axis in plane_axes(job.image))
-        foreground = foreground_map(job.store.open("survey.zarr/cells")[:], high - low)
+        foreground = foreground_map(cells, high - low)
         job.store.open("survey.zarr/foreground")[:] = foreground
         fraction = float(foreground.mean())
     unknown = Diameter(job.model.diam_mean, "default", (job.model.diam_mean,) * 2)
     return Surveyed((low, high), is_constant, int(facts[:, 0].sum()), cell, fraction, unknown)
 
 
-def foreground_map(statistics: FloatArray, contrast: float) -> npt.NDArray[np.bool_]:
+def _percentiles(samples: FloatArray) -> tuple[float, float]:
+    """Percentiles 1 and 99 of the finite values, 0 and 0 if there are none."""
+    samples = samples[np.isfinite(samples)]
+    if not samples.size:
+        return 0.0, 0.0
+    low, high = np.percentile(samples, PERCENTILES)
+    return float(low), float(high)
+
+
+def foreground_map(statistics: FloatArray, contrast: float, reach: int = 1) -> npt.NDArray[np.bool_]:
     """Cells of the map in or beside which something rises above the noise.
 
     A cell is empty if the smoothed values in it and around it span less than what noise alone
@@ -248,6 +272,8 @@ def foreground_map(statistics: FloatArray, contrast: float) -> npt.NDArray[np.bo
         From `process_block`.
     contrast : float
         Difference of the percentiles: what spans less than 1/200 of it is invisible to the network.
+    reach : int
+        How many cells around a cell count with it.
 
     Returns
     -------
@@ -255,7 +281,8 @@ def foreground_map(statistics: FloatArray, contrast: float) -> npt.NDArray[np.bo
     """
     from scipy.ndimage import maximum_filter, minimum_filter
 
-    span = maximum_filter(statistics[1], 3, mode="nearest") - minimum_filter(statistics[0], 3, mode="nearest")
+    size = 2 * reach + 1
+    span = maximum_filter(statistics[1], size, mode="nearest") - minimum_filter(statistics[0], size, mode="nearest")
     noise = float(np.percentile(statistics[2], 5))
     threshold = max(RANGE_IN_NOISE * NOISE_LEFT * noise, RANGE_IN_CONTRAST * contrast)
     result: npt.NDArray[np.bool_] = span > threshold
