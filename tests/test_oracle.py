@@ -15,7 +15,6 @@ from tiledseg.networks.models import find_model
 from tiledseg.networks.runner import load_network
 from tiledseg.slides import synthetic_slide
 
-
 # Of torch, when Cellpose builds its sparse histogram.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 

@@ -60,7 +60,8 @@ class Surveyed:
     Attributes
     ----------
     percentiles : (float, float)
-        Values that become 0 and 1 for the network.
+        Values that become 0 and 1 for the network: percentiles 1 and 99 of the whole image without
+        its empty parts.
     is_constant : bool
         All pixels are equal: there is nothing to find.
     n_nonfinite : int

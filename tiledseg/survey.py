@@ -4,7 +4,7 @@ Reads
     The image: all of one level (level 0, or a coarser one of very large images), then windows.
 Writes
     ``survey.zarr``: sampled values and noise statistics per region, then the foreground map;
-    ``survey.json``: percentiles, diameter with its spread.
+    ``survey.json``: percentiles (of the parts that are not empty), diameter with its spread.
 Parallel over
     Regions of the level, then windows of the image.
 """
