@@ -11,9 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from tiledseg import dynamics, heat
-from tiledseg.dynamics import compute_masks, fill_holes, find_sinks, flow_errors, follow_flows, grow_sinks
+from tiledseg import dynamics, heat, objects, particles
+from tiledseg.cores import Cores
+from tiledseg.dynamics import compute_masks, find_sinks, grow_sinks
 from tiledseg.errors import ImageError, SettingsError
+from tiledseg.heat import flow_errors
+from tiledseg.objects import fill_holes
+from tiledseg.particles import follow_flows
 
 from .strategies import Labels, connected, ellipses, label_fields, numbered, seeds, smooth_noise
 
@@ -156,7 +160,7 @@ def test_shapes_that_do_not_fit() -> None:
     with pytest.raises(SettingsError, match="flows over 3 axes cannot be followed"):
         compute_masks(np.zeros((3, 4, 4, 4), np.float32), np.zeros((4, 4, 4), np.float32))
     huge = np.broadcast_to(np.False_, (2**16, 2**15))
-    with pytest.raises(SettingsError, match=r"block of shape \(65536, 32768\) has 2\*\*31 pixels or more; use"):
+    with pytest.raises(SettingsError, match=r"block of shape \(65536, 32768\) has 2\*\*30 pixels or more; use"):
         follow_flows(np.broadcast_to(np.float32(0), (2, *huge.shape)), huge, 1)
 
 
@@ -290,17 +294,17 @@ def test_renumbering(field: Labels, seed: int) -> None:
     rng = np.random.default_rng(seed)
     shuffled = np.concatenate([[0], rng.permutation(n_labels) + 1])[field].astype(np.int32)
     is_kept = rng.random(n_labels) < 0.7
-    found = dynamics.renumber(shuffled, is_kept)
+    found = objects.renumber(shuffled, is_kept)
     np.testing.assert_array_equal(
         found, numbered(np.where(np.isin(shuffled, np.flatnonzero(is_kept) + 1), shuffled, 0))
     )
-    np.testing.assert_array_equal(dynamics.renumber(found, np.ones(found.max(initial=0), np.bool_)), found)
+    np.testing.assert_array_equal(objects.renumber(found, np.ones(found.max(initial=0), np.bool_)), found)
 
 
 @settings(deadline=None)
 @given(st.integers(2, 3).flatmap(lambda ndim: label_fields(ndim, max_side=9)))
 def test_boxes_and_unit_flows(field: Labels) -> None:
-    boxes = heat.object_boxes(field, int(field.max(initial=0)) + 1)
+    boxes = objects.object_boxes(field, int(field.max(initial=0)) + 1)
     for label, found in enumerate(ndimage.find_objects(field), start=1):
         assert boxes[label - 1].T.tolist() == [[s.start, s.stop] for s in found]
     assert (boxes[-1, 0] > boxes[-1, 1]).all()  # absent
@@ -320,7 +324,8 @@ def test_a_cell_flows_the_same_among_others() -> None:
 
 def test_warm_up_compiles_what_compute_masks_needs() -> None:
     dynamics.warm_up()
-    kernels = [value for value in vars(dynamics).values() if hasattr(value, "nopython_signatures")]
+    homes = (dynamics, heat, objects, particles)
+    kernels = [value for home in homes for value in vars(home).values() if hasattr(value, "nopython_signatures")]
     before = [len(kernel.nopython_signatures) for kernel in kernels]
     assert len(kernels) > 10
     truth = connected(ellipses((50, 50), 16, 30, seed=11))
@@ -329,3 +334,15 @@ def test_warm_up_compiles_what_compute_masks_needs() -> None:
     flows.flags.writeable = False
     compute_masks(flows, logits(truth))
     assert before == [len(kernel.nopython_signatures) for kernel in kernels]
+
+
+@pytest.mark.parametrize("n_cores", [2, 5])
+def test_labels_do_not_depend_on_the_number_of_cores(n_cores: int) -> None:
+    truth = connected(ellipses((150, 260), 14, 400, seed=12))
+    flows = heat.label_flows(truth) + smooth_noise(truth.shape, 2, 0.3, seed=13)
+    alone = compute_masks(flows, logits(truth))
+    cores = Cores(n_cores)
+    with cores.task():
+        together = compute_masks(flows, logits(truth), cores=cores)
+    assert alone.max() > 100
+    np.testing.assert_array_equal(together, alone)

@@ -11,7 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "tiledseg"
 
 ROWS = [
     {"errors", "images.damage", "images.units"},
-    {"axes", "heat", "overlaps", "networks.unet"},
+    {"axes", "cores", "overlaps", "networks.unet"},
+    {"objects", "particles"},
+    {"heat"},
     {"config", "grid", "dynamics", "seams", "progress", "slides", "scoring", "pictures"},
     {"images.image", "store", "omezarr.groups"},
     {"images.assembly", "omezarr.writer"},
@@ -27,7 +29,7 @@ ROWS = [
     {"cli"},
 ]
 HOMES = {
-    "numba": {"dynamics", "heat"},
+    "numba": {"dynamics", "heat", "objects", "particles"},
     "distributed": {"cluster"},
     "tifffile": {"images.from_tiff"},
     "torch": {"networks.unet", "networks.runner", "cluster"},

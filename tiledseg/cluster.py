@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from .cores import CORES
 from .errors import ClusterError, DeviceError, SettingsError, TiledsegError
 from .store import as_output_error
 
@@ -66,6 +67,20 @@ def resolve_device(device: str) -> str:
     return "cpu"
 
 
+def _run_task(function: Function, item: Item, *args: Any) -> Any:
+    """Run a task on a core that it takes for itself."""
+    with CORES.task():
+        return function(item, *args)
+
+
+def _run_on_worker(function: Function, item: Item, *args: Any) -> Any:
+    """The same on a Dask worker, whose threads are the cores."""
+    from distributed import get_worker
+
+    CORES.resize(int(get_worker().state.nthreads))
+    return _run_task(function, item, *args)
+
+
 class Executor(Protocol):
     """Runs functions over items with a bounded number in flight."""
 
@@ -93,6 +108,7 @@ class ThreadExecutor:
 
     def stream(self, function: Function, items: Iterable[Item], *args: Any) -> Iterator[tuple[Item, Any]]:
         """Yield ``(item, function(item, *args))`` as they end, in any order."""
+        CORES.resize(self.n_threads)
         remaining = iter(items)
         failure: BaseException | None = None
         with ThreadPoolExecutor(self.n_threads, thread_name_prefix="tiledseg") as pool:
@@ -100,7 +116,7 @@ class ThreadExecutor:
 
             def submit(n: int) -> None:
                 for item in itertools.islice(remaining, n):
-                    live[pool.submit(function, item, *args)] = item
+                    live[pool.submit(_run_task, function, item, *args)] = item
 
             submit(2 * self.n_threads)
             while live:
@@ -158,7 +174,7 @@ class DaskExecutor:
         failure: BaseException | None = None
 
         def submit(batch: list[Item]) -> None:
-            futures = [self.client.submit(function, item, *args, pure=False) for item in batch]
+            futures = [self.client.submit(_run_on_worker, function, item, *args, pure=False) for item in batch]
             live.update({future.key: (future, item) for future, item in zip(futures, batch, strict=True)})
             ended.update(futures)
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
 from .config import MasksConfig
+from .cores import CORES
 from .dynamics import finish_masks, gather_pixels
 from .grid import Block, Region, interpolate, samples_needed
 from .job import CELLPROB_FLOOR, Job
@@ -76,7 +77,7 @@ def process_block(values: FloatArray, masks: MasksConfig, niter: int) -> npt.NDA
     gathered : array of int32, shape (*spatial)
         One label per object in no particular order, 0 background.
     """
-    return gather_pixels(values[:-1], values[-1], cellprob_threshold=masks.cellprob_threshold, niter=niter)
+    return gather_pixels(values[:-1], values[-1], cellprob_threshold=masks.cellprob_threshold, niter=niter, cores=CORES)
 
 
 def _values_of(job: Job, region: Region) -> tuple[FloatArray, list[npt.NDArray[np.int64]] | None]:
@@ -111,7 +112,7 @@ def _labels_of(job: Job, block: Block) -> tuple[LabelArray, Block, int]:
             break
     # Without resampling objects are measured on the network's grid.
     min_size = masks.min_size if nearest is None else round(masks.min_size * float(np.prod(job.working.scale)))
-    finished = finish_masks(gathered, values[:-1], flow_threshold=masks.flow_threshold, min_size=min_size)
+    finished = finish_masks(gathered, values[:-1], flow_threshold=masks.flow_threshold, min_size=min_size, cores=CORES)
     labels = _at_pixels(finished, nearest)
     return labels, grown, _cut_by_halo(labels, grown, grid.shape).size
 

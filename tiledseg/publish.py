@@ -22,6 +22,7 @@ import numpy.typing as npt
 from .cluster import Executor, peak_memory
 from .grid import Region, overlap, shift
 from .job import Job
+from .objects import measure_objects
 from .omezarr import finish_labels, level_array
 from .progress import Progress
 from .working import plane_region
@@ -32,45 +33,35 @@ REGION = 2048
 
 
 def process_block(
-    labels: npt.NDArray[np.uint32], intensities: npt.NDArray[Any], origin: tuple[int, ...]
+    labels: npt.NDArray[np.int32], intensities: npt.NDArray[Any], ids: npt.NDArray[np.uint32], origin: tuple[int, ...]
 ) -> npt.NDArray[np.float64]:
     """Measure the parts of objects in one region; sums, so that parts can be added up.
 
     Parameters
     ----------
-    labels : array of uint32, shape (*spatial)
-        Global ids.
+    labels : array of int32, shape (*spatial)
+        Labels 1..n of this region, 0 background.
     intensities : array, shape (channels, *spatial)
         The image. Pixels that are not finite are left out of means.
+    ids : array of uint32, shape (n,)
+        Global id of each label, ascending.
     origin : tuple of int
         Position of the region in the image.
 
     Returns
     -------
-    measured : array of float64, shape (n, 2 + 3 * ndim + 2 * channels)
-        Per object: id, pixels, sum of coordinates per axis, box start per axis, box stop per axis,
-        then per channel the sum of values and the number of finite ones. Whole numbers below 2**53
-        are exact, so sums over integer images do not depend on how objects were cut.
+    measured : array of float64, shape (n present, 2 + 3 * ndim + 2 * channels)
+        Per object with pixels here: id, pixels, sum of coordinates per axis, box start per axis, box
+        stop per axis, then per channel the sum of values and the number of finite ones. Whole numbers
+        below 2**53 are exact, so sums over integer images do not depend on how objects were cut.
     """
-    from scipy.ndimage import find_objects
-
-    ndim = labels.ndim
-    pixels = np.flatnonzero(labels)
-    ids, dense = np.unique(labels.ravel()[pixels], return_inverse=True)
-    columns: list[npt.NDArray[Any]] = [ids, np.bincount(dense, minlength=ids.size)]
-    coordinates = np.unravel_index(pixels, labels.shape)
-    columns += [np.bincount(dense, weights=c + o, minlength=ids.size) for c, o in zip(coordinates, origin, strict=True)]
-    compact = np.zeros(labels.size, np.int32)
-    compact[pixels] = dense + 1
-    boxes = find_objects(compact.reshape(labels.shape))
-    for edge in ("start", "stop"):
-        columns += [np.array([getattr(b[i], edge) + origin[i] for b in boxes], np.float64) for i in range(ndim)]
-    for channel in intensities:
-        values = channel.ravel()[pixels].astype(np.float64)
-        finite = np.isfinite(values)
-        columns.append(np.bincount(dense[finite], weights=values[finite], minlength=ids.size))
-        columns.append(np.bincount(dense[finite], minlength=ids.size))
-    return np.column_stack(columns).astype(np.float64).reshape(-1, 2 + 3 * ndim + 2 * len(intensities))
+    measured = measure_objects(labels, intensities, ids)
+    measured = measured[measured[:, 1] > 0]
+    n = labels.ndim
+    shift_by = np.array(origin, np.float64)
+    measured[:, 2 : 2 + n] += measured[:, 1:2] * shift_by
+    measured[:, 2 + n : 2 + 3 * n] += np.tile(shift_by, 2)
+    return measured
 
 
 def _regions(shape: tuple[int, ...], chunks: tuple[int, ...]) -> list[Region]:
@@ -96,21 +87,30 @@ def paint_region(position: int, job: Job) -> dict[str, Any]:
     """Task: write one region of level 0 and measure the objects in it."""
     array, plane, regions = _level(job, 0)
     region = regions[position]
-    source, grid = job.store.open(f"{job.labels}/labels.zarr"), job.blocks
-    labels = np.zeros(tuple(p.stop - p.start for p in region), np.uint32)
+    local, ids = _region_labels(job, region)
+    intensities = _all_channels(job, region) if ids.size else np.zeros((job.image.n_channels, *local.shape))
+    array[(*plane, *region)] = np.concatenate([np.zeros(1, np.uint32), ids])[local]
     origin = tuple(p.start for p in region)
-    for index in grid.touching(region):
-        block, number = grid.at(index), grid.number(index)
-        ids = job.store.load(f"{job.labels}/ids/{number}")
+    job.store.save(f"{job.labels}/measured/{position}", process_block(local, intensities, ids, origin))
+    return {"peak": peak_memory()}
+
+
+def _region_labels(job: Job, region: Region) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32]]:
+    """Labels 1..n of a region of level 0, of which not all need occur, and their global ids, ascending."""
+    source, grid = job.store.open(f"{job.labels}/labels.zarr"), job.blocks
+    touching = [(grid.at(index), grid.number(index)) for index in grid.touching(region)]
+    ids_of = [job.store.load(f"{job.labels}/ids/{number}") for _, number in touching]
+    known = np.unique(np.concatenate(ids_of))
+    known = known[known > 0]
+    labels = np.zeros(tuple(p.stop - p.start for p in region), np.int32)
+    for (block, number), ids in zip(touching, ids_of, strict=True):
         shared = overlap(region, block.core)
         if shared is None or not ids.size:
             continue
         local = source[(number, *shift(shared, tuple(p.start for p in block.padded)))]
-        labels[shift(shared, origin)] = np.concatenate([np.zeros(1, np.uint32), ids])[local]
-    intensities = _all_channels(job, region) if labels.any() else np.zeros((job.image.n_channels, *labels.shape))
-    array[(*plane, *region)] = labels
-    job.store.save(f"{job.labels}/measured/{position}", process_block(labels, intensities, origin))
-    return {"peak": peak_memory()}
+        numbers = np.where(ids > 0, np.searchsorted(known, ids) + 1, 0).astype(np.int32)
+        labels[shift(shared, tuple(p.start for p in region))] = np.concatenate([np.zeros(1, np.int32), numbers])[local]
+    return labels, known
 
 
 def _all_channels(job: Job, region: Region) -> npt.NDArray[Any]:

@@ -1,0 +1,99 @@
+"""Cores lent between the tasks of a process."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from tiledseg.cores import ALONE, Cores
+
+
+class Crowd:
+    """Counts the threads that are at work at a time."""
+
+    def __init__(self, pause_s: float = 0.005) -> None:
+        self.pause_s = pause_s
+        self.most = self._now = 0
+        self._lock = threading.Lock()
+
+    def work(self, piece: int) -> int:
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+        time.sleep(self.pause_s)
+        with self._lock:
+            self._now -= 1
+        return piece * piece
+
+
+def test_results_come_in_the_order_of_the_pieces() -> None:
+    cores = Cores(4)
+    with cores.task():
+        assert cores.run(Crowd().work, range(30)) == [i * i for i in range(30)]
+
+
+@pytest.mark.parametrize(("n_cores", "most"), [(1, 1), (2, 2), (3, 3)])
+def test_a_lone_task_uses_all_cores_and_no_more(n_cores: int, most: int) -> None:
+    cores, crowd = Cores(n_cores), Crowd()
+    with cores.task():
+        cores.run(crowd.work, range(30))
+    assert crowd.most == most
+
+
+def test_nothing_is_borrowed_without_cores() -> None:
+    crowd = Crowd()
+    ALONE.run(crowd.work, range(5))
+    assert crowd.most == 1
+
+
+def test_a_lent_core_is_given_back_when_a_task_begins() -> None:
+    cores, crowd = Cores(2), Crowd(0.01)
+    with cores.task():
+        late: list[int] = []
+
+        def work(piece: int) -> None:
+            crowd.work(piece)
+            if second.is_set():
+                late.append(threading.get_ident())
+
+        second = threading.Event()
+
+        def begin() -> None:
+            with cores.task():
+                time.sleep(0.05)
+                second.set()
+                time.sleep(0.15)
+
+        other = threading.Thread(target=begin)
+        other.start()
+        cores.run(work, range(20))
+        other.join()
+    # The second task runs in the meantime: all later pieces are done by one thread.
+    assert late
+    assert len(set(late)) == 1
+
+
+def test_an_error_ends_the_work_and_frees_the_cores() -> None:
+    cores = Cores(3)
+
+    def fail(piece: int) -> None:
+        if piece == 3:
+            raise ValueError("piece 3")
+
+    for _ in range(2):
+        with cores.task(), pytest.raises(ValueError, match="piece 3"):
+            cores.run(fail, range(10))
+    crowd = Crowd()
+    with cores.task():
+        cores.run(crowd.work, range(30))
+    assert crowd.most == 3
+
+
+def test_the_number_of_cores_can_change() -> None:
+    cores, crowd = Cores(1), Crowd()
+    cores.resize(3)
+    with cores.task():
+        cores.run(crowd.work, range(30))
+    assert crowd.most == 3
