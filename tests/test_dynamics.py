@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from tiledseg import dynamics, heat, objects, particles
+from tiledseg import dynamics, gpu, heat, objects, particles
 from tiledseg.cores import Cores
 from tiledseg.dynamics import compute_masks, find_sinks, grow_sinks
 from tiledseg.errors import ImageError, SettingsError
@@ -346,3 +346,40 @@ def test_labels_do_not_depend_on_the_number_of_cores(n_cores: int) -> None:
         together = compute_masks(flows, logits(truth), cores=cores)
     assert alone.max() > 100
     np.testing.assert_array_equal(together, alone)
+
+
+def torch_devices() -> list[str]:
+    """Where the GPU's code can run here: torch has the same operations on the CPU."""
+    import torch
+
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.mark.parametrize("device", torch_devices())
+@pytest.mark.parametrize(("shape", "niter"), [((90, 140), 200), ((61, 33), 7), ((1, 40), 25), ((30, 1), 10)])
+def test_the_loops_of_the_gpu_give_the_bits_of_the_cpu(shape: tuple[int, int], niter: int, device: str) -> None:
+    truth = connected(ellipses((90, 140), 14, 120, seed=14))[: shape[0], : shape[1]]
+    flows = heat.label_flows(truth) + smooth_noise(truth.shape, 2, 0.3, seed=15)
+    is_foreground = truth > 0
+    assert is_foreground.any()
+    ends = follow_flows(flows, is_foreground, niter)
+    np.testing.assert_array_equal(gpu.follow_flows(flows, is_foreground, niter, device), ends)
+    boxes = objects.object_boxes(truth, int(truth.max()))
+    boxes[1::7, 1] = -1
+    errors = gpu.flow_errors(truth, flows, boxes, device)
+    np.testing.assert_array_equal(errors, flow_errors(truth, flows, boxes))
+    assert np.count_nonzero(errors) > 0
+
+
+def test_the_gpu_has_nothing_to_do_where_nothing_is() -> None:
+    nothing = np.zeros((20, 30), np.int32)
+    flows = np.zeros((2, 20, 30), np.float32)
+    assert (gpu.follow_flows(flows, nothing > 0, 10, "cpu") == -1).all()
+    assert gpu.flow_errors(nothing, flows, np.zeros((0, 2, 2), np.int64), "cpu").size == 0
+
+
+def test_a_busy_gpu_is_not_waited_for() -> None:
+    with gpu.idle_device("cuda") as first, gpu.idle_device("cuda") as second:
+        assert (first, second) == ("cuda", "cpu")
+    with gpu.idle_device("cuda") as third, gpu.idle_device("cpu") as fourth:
+        assert (third, fourth) == ("cuda", "cpu")

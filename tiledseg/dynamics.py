@@ -29,6 +29,7 @@ import numba as nb
 import numpy as np
 import numpy.typing as npt
 
+from . import gpu
 from .cores import ALONE, Cores
 from .errors import SettingsError
 from .heat import flow_errors, label_flows
@@ -58,6 +59,7 @@ def compute_masks(
     niter: int = 200,
     min_size: int = 15,
     cores: Cores = ALONE,
+    device: str = "cpu",
 ) -> npt.NDArray[np.uint32]:
     """Objects of one block.
 
@@ -77,6 +79,8 @@ def compute_masks(
         Objects of fewer pixels, before their holes are filled, are dropped; 0 keeps all.
     cores : Cores
         To share the work, within :meth:`Cores.task`; the result is the same for any number.
+    device : str
+        Where the two costly loops run: ``"cpu"``, or a GPU of torch, to the same bits.
 
     Returns
     -------
@@ -95,12 +99,20 @@ def compute_masks(
             f"flows of shape {flows.shape} do not fit a cellprob of shape {cellprob.shape}; "
             f"give shape {(cellprob.ndim, *cellprob.shape)}."
         )
-    gathered = gather_pixels(flows, cellprob, cellprob_threshold=cellprob_threshold, niter=niter, cores=cores)
-    return finish_masks(gathered, flows, flow_threshold=flow_threshold, min_size=min_size, cores=cores)
+    gathered = gather_pixels(
+        flows, cellprob, cellprob_threshold=cellprob_threshold, niter=niter, cores=cores, device=device
+    )
+    return finish_masks(gathered, flows, flow_threshold=flow_threshold, min_size=min_size, cores=cores, device=device)
 
 
 def gather_pixels(
-    flows: FloatArray, cellprob: FloatArray, *, cellprob_threshold: float, niter: int, cores: Cores = ALONE
+    flows: FloatArray,
+    cellprob: FloatArray,
+    *,
+    cellprob_threshold: float,
+    niter: int,
+    cores: Cores = ALONE,
+    device: str = "cpu",
 ) -> Labels:
     """The first half of :func:`compute_masks`: which foreground pixels flow to the same sink.
 
@@ -112,7 +124,10 @@ def gather_pixels(
         One label per sink in no particular order, 0 background.
     """
     is_foreground = cellprob > cellprob_threshold
-    ends = follow_flows(flows, is_foreground, niter, cores)
+    if device == "cpu":
+        ends = follow_flows(flows, is_foreground, niter, cores)
+    else:
+        ends = gpu.follow_flows(flows, is_foreground, niter, device)
     if not is_foreground.any():
         return np.zeros(cellprob.shape, np.int32)
     counts = np.zeros(ends.shape, np.int32)
@@ -137,7 +152,13 @@ def _look_up(regions: Any, ends: Any) -> None:
 
 
 def finish_masks(
-    gathered: Labels, flows: FloatArray, *, flow_threshold: float, min_size: int, cores: Cores = ALONE
+    gathered: Labels,
+    flows: FloatArray,
+    *,
+    flow_threshold: float,
+    min_size: int,
+    cores: Cores = ALONE,
+    device: str = "cpu",
 ) -> npt.NDArray[np.uint32]:
     """The second half of :func:`compute_masks`: drop what is no object, fill holes, number.
 
@@ -145,7 +166,7 @@ def finish_masks(
     ----------
     gathered : array of int32, shape (*spatial)
         From :func:`gather_pixels`.
-    flows, flow_threshold, min_size, cores
+    flows, flow_threshold, min_size, cores, device
         As for :func:`compute_masks`.
 
     Returns
@@ -157,7 +178,11 @@ def finish_masks(
     is_kept = sizes >= max(min_size, 1)
     if flow_threshold > 0:
         boxes[~is_kept, 1] = -1
-        is_kept &= flow_errors(gathered, flows, boxes, cores) <= flow_threshold
+        if device == "cpu":
+            errors = flow_errors(gathered, flows, boxes, cores)
+        else:
+            errors = gpu.flow_errors(gathered, flows, boxes, device)
+        is_kept &= errors <= flow_threshold
     # Filling takes no pixel from another object and adds none before an object's first: no object
     # becomes too small (Cellpose looks again) and the numbering stays in order.
     return fill_holes(renumber(gathered, is_kept), cores).view(np.uint32)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from .cores import ALONE, Cores
 from .objects import BATCH, box_pixels, flat_steps, object_boxes
 
-__all__ = ["flow_errors", "label_flows"]
+__all__ = ["flow_errors", "label_flows", "object_centres", "sum_errors"]
 
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.float32]
@@ -114,6 +114,75 @@ def _errors_of(flat: Any, shape: Any, boxes: Any, flows: Any, first: int, errors
                 difference = np.float64(values[axis, k]) - np.float64(flows[axis, where[k]])
                 total += difference * difference
         errors[i] = total / where.size
+
+
+def object_centres(labels: npt.NDArray[np.int32], boxes: Boxes) -> npt.NDArray[np.int64]:
+    """Where heat is added to each object.
+
+    Parameters
+    ----------
+    labels, boxes
+        As for :func:`flow_errors`.
+
+    Returns
+    -------
+    centres : array of int64, shape (n,)
+        Flat index of the pixel nearest to the mean position, -1 for a label whose box is empty.
+    """
+    centres = np.full(len(boxes), -1, np.int64)
+    _all_centres(np.ascontiguousarray(labels).reshape(-1), np.array(labels.shape, np.int64), boxes, centres)
+    return centres
+
+
+@_jit
+def _all_centres(flat: Any, shape: Any, boxes: Any, centres: Any) -> None:
+    for i in range(boxes.shape[0]):
+        if boxes[i, 0, 0] < boxes[i, 1, 0]:
+            sides = boxes[i, 1] - boxes[i, 0] + 2
+            where, local = box_pixels(flat, shape, boxes[i], i + 1)
+            centres[i] = where[np.searchsorted(local, _centre(local, flat_steps(sides), sides))]
+
+
+def sum_errors(
+    flat: npt.NDArray[np.int32],
+    pixels: npt.NDArray[np.int64],
+    values: FloatArray,
+    flows: FloatArray,
+    n_labels: int,
+) -> npt.NDArray[np.float64]:
+    """Flow errors from the flow of the objects' shapes.
+
+    Parameters
+    ----------
+    flat : array of int32, shape (n_image,)
+        Labels, flattened.
+    pixels : array of int64, shape (n,)
+        Flat indices of pixels of objects, ascending.
+    values : array of float32, shape (ndim, n)
+        Flow of the shapes at those pixels.
+    flows : array of float32, shape (ndim, *spatial)
+        The network's flow.
+    n_labels : int
+        Largest label.
+
+    Returns
+    -------
+    errors : array of float64, shape (n_labels,)
+        As of :func:`flow_errors`.
+    """
+    totals, counts = np.zeros(n_labels, np.float64), np.zeros(n_labels, np.int64)
+    _add_errors(flat, pixels, values, np.ascontiguousarray(flows, np.float32).reshape(len(values), -1), totals, counts)
+    return totals / np.maximum(counts, 1)
+
+
+@_jit
+def _add_errors(flat: Any, pixels: Any, values: Any, flows: Any, totals: Any, counts: Any) -> None:
+    for k in range(pixels.size):
+        label = flat[pixels[k]]
+        counts[label - 1] += 1
+        for axis in range(values.shape[0]):
+            difference = np.float64(values[axis, k]) - np.float64(flows[axis, pixels[k]])
+            totals[label - 1] += difference * difference
 
 
 @_jit

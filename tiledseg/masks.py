@@ -21,6 +21,7 @@ from .cluster import Executor, peak_memory
 from .config import MasksConfig
 from .cores import CORES
 from .dynamics import finish_masks, gather_pixels
+from .gpu import idle_device
 from .grid import Block, Region, interpolate, samples_needed
 from .job import CELLPROB_FLOOR, Job
 from .progress import Progress
@@ -60,7 +61,7 @@ def read_flows(job: Job, region: Region) -> FloatArray:
     return values
 
 
-def process_block(values: FloatArray, masks: MasksConfig, niter: int) -> npt.NDArray[np.int32]:
+def process_block(values: FloatArray, masks: MasksConfig, niter: int, device: str = "cpu") -> npt.NDArray[np.int32]:
     """Gather the pixels of one padded block into objects, none dropped yet.
 
     Parameters
@@ -71,13 +72,16 @@ def process_block(values: FloatArray, masks: MasksConfig, niter: int) -> npt.NDA
         Thresholds.
     niter : int
         Steps at most, in pixels of `values`.
+    device : str
+        Where to follow them.
 
     Returns
     -------
     gathered : array of int32, shape (*spatial)
         One label per object in no particular order, 0 background.
     """
-    return gather_pixels(values[:-1], values[-1], cellprob_threshold=masks.cellprob_threshold, niter=niter, cores=CORES)
+    threshold = masks.cellprob_threshold
+    return gather_pixels(values[:-1], values[-1], cellprob_threshold=threshold, niter=niter, cores=CORES, device=device)
 
 
 def _values_of(job: Job, region: Region) -> tuple[FloatArray, list[npt.NDArray[np.int64]] | None]:
@@ -107,7 +111,8 @@ def _labels_of(job: Job, block: Block) -> tuple[LabelArray, Block, int]:
     for growth in HALO_GROWTHS if masks.halo == "auto" else HALO_GROWTHS[:1]:
         grown = grid.at(block.index, tuple(h * growth for h in grid.halo))
         values, nearest = _values_of(job, grown.padded)
-        gathered = process_block(values, masks, job.niter)
+        with idle_device(job.device) as device:
+            gathered = process_block(values, masks, job.niter, device)
         if _cut_by_halo(_at_pixels(gathered, nearest), grown, grid.shape).size == 0:
             break
     # Without resampling objects are measured on the network's grid.

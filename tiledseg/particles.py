@@ -21,7 +21,7 @@ import numpy.typing as npt
 from .cores import ALONE, Cores
 from .errors import ImageError, SettingsError
 
-__all__ = ["CHECK_EVERY", "SETTLED", "follow_flows"]
+__all__ = ["CHECK_EVERY", "SETTLED", "check_flows", "follow_flows"]
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
@@ -64,13 +64,30 @@ def follow_flows(flows: FloatArray, is_foreground: BoolArray, niter: int, cores:
     SettingsError
         If the arrays are not 2D, or hold 2**30 pixels or more.
     """
+    flat, starts = check_flows(flows, is_foreground).reshape(-1), np.ascontiguousarray(is_foreground)
+    ends = np.full(starts.shape, -1, np.int32)
+
+    def follow(first_row: int) -> None:
+        _follow_2d(flat, starts, niter, first_row, ends.reshape(-1))
+
+    cores.run(follow, range(0, len(starts), GROUP[0]))
+    return ends
+
+
+def check_flows(flows: FloatArray, is_foreground: BoolArray) -> FloatArray:
+    """The flows as particles read them, or an error: parameters and errors of :func:`follow_flows`.
+
+    Returns
+    -------
+    masked : array of float32, shape (*(n + 1 for n in spatial), 2)
+        0 outside the foreground. Interleaved, so that the flow of a pixel is in one place, and with a
+        margin at the far ends, which a particle on the last row or column reads with weight 0.
+    """
     shape = is_foreground.shape
     if len(shape) != 2:
         raise SettingsError(f"flows over {len(shape)} axes cannot be followed; give arrays of two axes, y and x.")
     if is_foreground.size >= MAX_PIXELS:
         raise SettingsError(f"a block of shape {shape} has 2**30 pixels or more; use a smaller block.")
-    # Interleaved, so that the flow of a pixel is in one place, and with a margin at the far ends,
-    # which a particle on the last row or column reads with weight 0.
     masked = np.zeros((*(n + 1 for n in shape), len(shape)), np.float32)
     inner = masked[tuple(slice(0, n) for n in shape)]
     np.copyto(inner, np.moveaxis(flows, 0, -1), where=is_foreground[..., None])
@@ -81,14 +98,7 @@ def follow_flows(flows: FloatArray, is_foreground: BoolArray, niter: int, cores:
             f"the flow at pixel {tuple(where)} of the block is {inner[*where, axis]}, which is no step; "
             "look for NaN or infinity in the image there, or in the model's weights."
         )
-    ends = np.full(shape, -1, np.int32)
-    flat, starts = masked.reshape(-1), np.ascontiguousarray(is_foreground)
-
-    def follow(first_row: int) -> None:
-        _follow_2d(flat, starts, niter, first_row, ends.reshape(-1))
-
-    cores.run(follow, range(0, shape[0], GROUP[0]))
-    return ends
+    return masked
 
 
 @_jit
@@ -121,8 +131,8 @@ def _follow_2d(flows: Any, is_foreground: Any, niter: int, first_row: int, ends:
             n_steps += n_now
             n_left = 0
             for k in range(n_moving):
-                net = (moved[k, 0] - moved[k, 2]) ** 2 + (moved[k, 1] - moved[k, 3]) ** 2
-                if net < SETTLED or n_steps >= niter:
+                net_y, net_x = moved[k, 0] - moved[k, 2], moved[k, 1] - moved[k, 3]
+                if net_y * net_y + net_x * net_x < SETTLED or n_steps >= niter:
                     rows, columns = np.int32(np.floor(moved[k, 0])), np.int32(np.floor(moved[k, 1]))
                     ends[first[k]] = first[k] + rows * width + columns
                     continue

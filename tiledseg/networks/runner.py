@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..gpu import GPU
 from .models import Model
 from .unet import read_state, unet_of
 
@@ -53,9 +54,7 @@ class Network:
             _keep_freed_memory()
         self.batch = BATCH[device]
         # One forward pass at a time on a GPU: tasks overlap by reading while another computes.
-        self._lock: contextlib.AbstractContextManager[Any] = (
-            threading.Lock() if device == "cuda" else contextlib.nullcontext()
-        )
+        self._lock: contextlib.AbstractContextManager[Any] = GPU if device == "cuda" else contextlib.nullcontext()
 
     def predict(self, tiles: Tiles) -> tuple[Tiles, Tiles]:
         """Run the network on any number of tiles, in batches of one fixed shape.
