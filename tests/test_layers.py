@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "tiledseg"
 
 ROWS = [
     {"errors", "images.damage", "images.units"},
-    {"axes", "cores", "overlaps", "networks.unet"},
+    {"axes", "cores", "lerp", "overlaps", "networks.unet"},
     {"objects", "particles"},
     {"heat"},
     {"gpu"},
@@ -30,7 +30,7 @@ ROWS = [
     {"cli"},
 ]
 HOMES = {
-    "numba": {"dynamics", "heat", "objects", "particles"},
+    "numba": {"dynamics", "heat", "lerp", "objects", "particles"},
     "distributed": {"cluster"},
     "tifffile": {"images.from_tiff"},
     "torch": {"gpu", "networks.unet", "networks.runner", "cluster"},

@@ -33,7 +33,8 @@ from . import gpu
 from .cores import ALONE, Cores
 from .errors import SettingsError
 from .heat import flow_errors, label_flows
-from .objects import fill_holes, object_extents, renumber
+from .lerp import lerp
+from .objects import fill_holes, measure_objects, object_extents, renumber
 from .particles import follow_flows
 
 __all__ = ["compute_masks", "find_sinks", "finish_masks", "gather_pixels", "grow_sinks", "warm_up"]
@@ -302,3 +303,7 @@ def warm_up() -> None:
     labels[8, 8] = 0
     flows = label_flows(labels)
     compute_masks(flows, labels.astype(np.float32), min_size=1)
+    first, share = np.zeros(1, np.int64), np.zeros(1, np.float32)
+    for axis in (1, 2):
+        lerp(flows, axis, first, first, share)
+    measure_objects(labels, labels[None], np.ones(1, np.uint32))

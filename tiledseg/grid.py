@@ -40,6 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SettingsError
+from .lerp import lerp
 
 __all__ = [
     "Block",
@@ -245,11 +246,7 @@ def interpolate(
     first = values.ndim - len(positions)
     for i, (coordinates, size, origin) in enumerate(positions):
         low, high, weight = linear_weights(coordinates, size)
-        axis = first + i
-        weight = weight.reshape((-1,) + (1,) * (values.ndim - axis - 1))
-        below = np.take(values, low - origin, axis=axis)
-        above = np.take(values, high - origin, axis=axis)
-        values = below + (above - below) * weight
+        values = lerp(values, first + i, low - origin, high - origin, weight)
     return values
 
 
