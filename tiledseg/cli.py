@@ -276,7 +276,8 @@ def _summary_text(facts: dict[str, Any]) -> list[str]:
         f"diameter     {_diameter_text(facts['diameter'])}",
         f"blocks       {facts['n_blocks']}, of which {facts['n_skipped_blocks']} skipped as empty",
         f"tiles        {facts['n_tiles']} computed, {facts['n_skipped_tiles']} skipped as empty",
-        f"seams        {facts['n_pairs']} objects seen by two blocks, {facts['n_exact_pairs']} as the same pixels",
+        f"seams        {facts['n_pairs']} objects seen by two blocks, {facts['n_exact_pairs']} as the same pixels, "
+        f"mean IoU {facts['mean_iou']:.3f}, {facts['n_seam'] - facts['n_seam_linked']} cut",
         f"cut by halo  {facts['n_cut_by_halo']} objects"
         + ("; a larger --halo sees them whole" if facts["n_cut_by_halo"] else ""),
     ]

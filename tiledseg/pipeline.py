@@ -50,6 +50,11 @@ class Report:
         Objects that reach past the halo of a block: a larger halo would see them whole.
     n_pairs, n_exact_pairs : int
         Objects that two blocks saw, and how many of them both saw as the same pixels.
+    mean_iou : float
+        Intersection over union of the two views of such an object, on average; 1 if there are none.
+    n_seam, n_seam_linked : int
+        Labels that cross the border between two blocks, counted in each of the two, and how many of
+        them the other block saw as well. Those it did not see are cut at the border.
     n_nonfinite : int
         Pixels that are NaN or infinite, taken as background.
     n_tiles, n_skipped_tiles : int
@@ -74,6 +79,9 @@ class Report:
     n_cut_by_halo: int
     n_pairs: int
     n_exact_pairs: int
+    mean_iou: float
+    n_seam: int
+    n_seam_linked: int
     n_nonfinite: int
     n_tiles: int
     n_skipped_tiles: int

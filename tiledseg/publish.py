@@ -7,13 +7,16 @@ Writes
     in it; then the table. Metadata come last: labels are listed only when they are complete.
 Parallel over
     Regions of whole storage chunks, so that no chunk is ever written by two tasks; the table is one
-    task, whose time and memory grow with the number of objects (some 300 bytes each).
+    task that goes through the ids in batches: its time grows with the number of objects, its memory
+    only with the number of regions.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,10 @@ from .working import plane_region
 __all__ = ["process_block", "run", "table_of"]
 
 REGION = 2048
+TABLE_BATCH = 2**18
+"""Ids that are measured at a time for the table: a row group of it, some 100 MiB while in work."""
+
+Measured = npt.NDArray[np.float64]
 
 
 def process_block(
@@ -137,14 +144,16 @@ def shrink_region(position: int, job: Job, level: int) -> dict[str, Any]:
 
 
 def write_table(_: int, job: Job) -> dict[str, Any]:
-    """Task: add up the parts of objects and write the table."""
+    """Task: add up the parts of objects and write the table, a row group per batch of ids."""
     import pyarrow.parquet
 
     if job.table is not None:
         job.table.parent.mkdir(parents=True, exist_ok=True)
         _describe_table(job)
         draft = job.table.with_suffix(".partial")
-        pyarrow.parquet.write_table(table_of(job), draft)
+        with pyarrow.parquet.ParquetWriter(draft, _rows_of(job, _no_parts(job)).schema) as writer:
+            for parts in _parts_by_id(job):
+                writer.write_table(_rows_of(job, parts))
         draft.replace(job.table)
     return {"peak": peak_memory()}
 
@@ -183,9 +192,41 @@ def table_of(job: Job) -> Any:
     """
     import pyarrow
 
+    return pyarrow.concat_tables([_rows_of(job, parts) for parts in (_no_parts(job), *_parts_by_id(job))])
+
+
+def _no_parts(job: Job) -> Measured:
+    """What the regions of an image without objects leave."""
+    return np.zeros((0, 2 + 3 * len(job.shape) + 2 * job.image.n_channels))
+
+
+def _parts_by_id(job: Job) -> Iterator[Measured]:
+    """What the regions measured, batch after batch of ids; within a batch region by region.
+
+    Strategy: ids are in raster order of first pixels, and what a region measured is sorted by id. So
+    a batch meets few regions, and of those only its own rows are read.
+    """
+    folder = f"{job.labels}/measured"
+    spans = np.zeros((len(_level(job, 0)[2]), 2), np.int64)
+    for i, span in enumerate(spans):
+        parts = job.store.view(f"{folder}/{i}")
+        if len(parts):
+            span[:] = parts[[0, -1], 0]
+    for start in range(1, int(spans.max(initial=0)) + 1, TABLE_BATCH):
+        stop = start + TABLE_BATCH
+        rows = [_no_parts(job)]
+        for region in np.flatnonzero((spans[:, 0] < stop) & (spans[:, 1] >= start)):
+            parts = job.store.view(f"{folder}/{region}")
+            low, high = (bisect.bisect_left(parts, edge, key=lambda row: row[0]) for edge in (start, stop))
+            rows.append(np.array(parts[low:high]))
+        yield np.concatenate(rows)
+
+
+def _rows_of(job: Job, parts: Measured) -> Any:
+    """The rows of the table for all objects of which there are parts, in order of their ids."""
+    import pyarrow
+
     n = len(job.shape)
-    n_regions = len(_level(job, 0)[2])
-    parts = np.concatenate([job.store.load(f"{job.labels}/measured/{i}") for i in range(n_regions)])
     parts = parts[np.argsort(parts[:, 0], kind="stable")]
     _, starts = np.unique(parts[:, 0], return_index=True)
     summed = np.add.reduceat(parts, starts) if starts.size else parts

@@ -35,7 +35,7 @@ __all__ = ["Place", "fingerprint", "is_shippable", "labels_folder", "place_of", 
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Of the scratch; another number means that what is there cannot be continued."""
 
 LARGE_ARRAY = 2**28

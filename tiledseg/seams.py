@@ -3,8 +3,9 @@
 Arrays in, arrays out. A **node** is one label of one block, named by a dense running index
 (:func:`node_index`). Neighbouring blocks are compared only where both saw the image
 (:func:`match_seam`); the pairs found are links between nodes, and what is linked is one object
-(:func:`link`), numbered by where it begins (:func:`number`). Only pairs and one record per node
-ever meet in one place: the cost is set by how many there are, never by the largest id.
+(:func:`link`), numbered by where it begins (:func:`number`), slab after slab of blocks
+(:class:`Numbering`). Only links, and the nodes of one slab, ever meet in one place: memory is set
+by how many there are, never by the number of objects or the largest id.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ import numpy.typing as npt
 
 from .errors import SettingsError
 
-__all__ = ["MAX_LABEL", "agreement", "exact_pairs", "link", "match_seam", "node_index", "number"]
+__all__ = ["MAX_LABEL", "Numbering", "agreement", "link", "match_seam", "node_index", "number"]
 
 IntArray = npt.NDArray[np.integer[Any]]
+FloatArray = npt.NDArray[np.float64]
 Pairs = npt.NDArray[np.uint32]
 Nodes = npt.NDArray[np.int64]
+Region = tuple[slice, ...]
 
 MAX_LABEL = 2**32 - 1
 _LOW_BITS = np.uint64(32)
 
 
-def match_seam(low: Pairs, high: Pairs, min_iou: float) -> Pairs:
+def match_seam(low: Pairs, high: Pairs, min_iou: float) -> tuple[Pairs, FloatArray]:
     """Pair labels that are the same cell on both sides of one seam.
 
     Parameters
@@ -42,6 +45,8 @@ def match_seam(low: Pairs, high: Pairs, min_iou: float) -> Pairs:
         Row ``(a, b)``: ``a`` of `low` and ``b`` of `high` are one cell. Ascending, and each label
         occurs once at most: of several partners only the best counts, the lowest label if tied,
         and only if the choice is mutual.
+    ious : array of float64, shape (n_pairs,)
+        Intersection over union of each pair within the overlap; 1 where both are the same pixels.
 
     Raises
     ------
@@ -58,10 +63,10 @@ def match_seam(low: Pairs, high: Pairs, min_iou: float) -> Pairs:
     pairs, ious = _overlap_ious(low, high)
     pairs, ious = pairs[ious >= min_iou], ious[ious >= min_iou]
     is_mutual = _is_best(pairs[:, 0], pairs[:, 1], ious) & _is_best(pairs[:, 1], pairs[:, 0], ious)
-    return pairs[is_mutual]
+    return pairs[is_mutual], ious[is_mutual]
 
 
-def _is_best(labels: Pairs, partners: Pairs, ious: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+def _is_best(labels: Pairs, partners: Pairs, ious: FloatArray) -> npt.NDArray[np.bool_]:
     """Whether each pair has the highest IoU of its label, the lowest partner if tied."""
     order = np.lexsort((partners, -ious, labels))
     is_best = np.zeros(labels.size, np.bool_)
@@ -69,7 +74,7 @@ def _is_best(labels: Pairs, partners: Pairs, ious: npt.NDArray[np.float64]) -> n
     return is_best
 
 
-def _overlap_ious(low: Pairs, high: Pairs) -> tuple[Pairs, npt.NDArray[np.float64]]:
+def _overlap_ious(low: Pairs, high: Pairs) -> tuple[Pairs, FloatArray]:
     """All pairs of labels that share a pixel, ascending, and the IoU of each."""
     if low.shape != high.shape:
         raise SettingsError(
@@ -101,50 +106,36 @@ def _count(values: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], Node
     return distinct, counts
 
 
-def exact_pairs(low: Pairs, high: Pairs, pairs: Pairs) -> npt.NDArray[np.bool_]:
-    """Which pairs are the same pixels in both blocks.
+def agreement(
+    low: Pairs, high: Pairs, matched: tuple[Pairs, FloatArray], low_core: Region, high_core: Region
+) -> FloatArray:
+    """How well two blocks agreed on the cells that both saw.
 
     Parameters
     ----------
     low, high : array of uint32, shape (*overlap)
         Labels the two blocks gave the same pixels, 0 background.
-    pairs : array of uint32, shape (n_pairs, 2)
+    matched : (array of uint32, shape (n_pairs, 2); array of float64, shape (n_pairs,))
         What :func:`match_seam` made of them.
+    low_core, high_core : tuple of slice
+        The parts of the overlap that lie in the core of the one and of the other block.
 
     Returns
     -------
-    is_exact : array of bool, shape (n_pairs,)
-        Whether the two labels cover the same pixels throughout the overlap.
-
-    Raises
-    ------
-    SettingsError
-        If the shapes differ.
+    counts : array of float64, shape (5,)
+        Pairs; pairs that are the same pixels for both; the sum of the IoU of the pairs; labels, of
+        either block, with pixels in both cores; and those of them that are in a pair. They can be
+        added up over seams.
     """
-    met, ious = _overlap_ious(low, high)
-    return np.isin(_packed(pairs), _packed(met[ious == 1.0]))
-
-
-def agreement(low: Pairs, high: Pairs, pairs: Pairs) -> tuple[int, int]:
-    """How well two blocks agreed on the cells that both saw.
-
-    Parameters
-    ----------
-    low, high, pairs
-        As for :func:`exact_pairs`.
-
-    Returns
-    -------
-    n_pairs, n_exact : int
-        Cells matched, and those that are the same pixels in both.
-    """
-    return len(pairs), int(exact_pairs(low, high, pairs).sum())
-
-
-def _packed(pairs: Pairs) -> npt.NDArray[np.uint64]:
-    """One integer per pair."""
-    wide = pairs.astype(np.uint64)
-    return wide[:, 0] << _LOW_BITS | wide[:, 1]
+    pairs, ious = matched
+    n_across = n_linked = 0
+    for labels, partners in ((low, pairs[:, 0]), (high, pairs[:, 1])):
+        in_low, in_high = (_count(labels[core].astype(np.uint64).reshape(-1))[0] for core in (low_core, high_core))
+        across = np.intersect1d(in_low, in_high, assume_unique=True)
+        across = across[across > 0]
+        n_across += across.size
+        n_linked += int(np.isin(across, partners).sum())
+    return np.array([len(pairs), np.count_nonzero(ious == 1.0), ious.sum(), n_across, n_linked], np.float64)
 
 
 def node_index(offsets: Nodes, block: IntArray | int, local: IntArray | int) -> Nodes:
@@ -167,7 +158,7 @@ def node_index(offsets: Nodes, block: IntArray | int, local: IntArray | int) -> 
     return np.asarray(offsets[block] + np.asarray(local, np.int64) - 1, np.int64)
 
 
-def link(pairs: Nodes, n_nodes: int) -> Nodes:
+def link(pairs: Nodes, n_nodes: int) -> tuple[Nodes, npt.NDArray[np.int32]]:
     """Join nodes that are one object.
 
     Parameters
@@ -179,36 +170,40 @@ def link(pairs: Nodes, n_nodes: int) -> Nodes:
 
     Returns
     -------
-    roots : array of int64, shape (n_nodes,)
-        Smallest node of each node's object; a node without links is its own.
+    linked : array of int64, shape (n_linked,)
+        Nodes that occur in a pair, ascending. A node that is in none is an object of its own.
+    objects : array of int32, shape (n_linked,)
+        Running number, from 0, of the object that each linked node belongs to.
 
     Raises
     ------
     SettingsError
         If a pair names a node that is not in 0..n_nodes - 1.
+
+    Notes
+    -----
+    Memory grows with the pairs, not with `n_nodes`.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    linked, ends = np.unique(pairs.reshape(-1, 2), return_inverse=True)
-    roots = np.arange(n_nodes, dtype=np.int64)
+    # Not np.unique: it may build a hash table several times the size of the pairs.
+    ends = np.sort(pairs, axis=None)
+    linked = ends[np.concatenate([ends[:1] == ends[:1], ends[1:] != ends[:-1]])]
+    del ends
     if linked.size == 0:
-        return roots
+        return linked, np.zeros(0, np.int32)
     if linked[0] < 0 or linked[-1] >= n_nodes:
         raise SettingsError(
             f"links name nodes {linked[0]} to {linked[-1]} where there are {n_nodes}; "
             "they come from another run, remove the scratch folder and start again."
         )
-    low, high = ends.reshape(-1, 2).T
+    low, high = (np.searchsorted(linked, pairs[:, side]).astype(np.int32) for side in range(2))
     graph = coo_array((np.ones(low.size, np.bool_), (low, high)), shape=(linked.size, linked.size))
-    n_objects, objects = connected_components(graph, directed=False)
-    smallest = np.full(n_objects, n_nodes, np.int64)
-    np.minimum.at(smallest, objects, linked)
-    roots[linked] = smallest[objects]
-    return roots
+    return linked, connected_components(graph, directed=False)[1].astype(np.int32, copy=False)
 
 
-def number(first_pixels: Nodes, roots: Nodes, max_label: int = MAX_LABEL) -> tuple[Pairs, int]:
+def number(first_pixels: Nodes, roots: Nodes, n_before: int = 0, max_label: int = MAX_LABEL) -> tuple[Pairs, int]:
     """Number objects without gaps by where they begin.
 
     Parameters
@@ -217,17 +212,19 @@ def number(first_pixels: Nodes, roots: Nodes, max_label: int = MAX_LABEL) -> tup
         Flat index in the whole image of each node's first pixel within its block's core, in raster
         order; negative for a node that lies in the halo alone and paints nothing.
     roots : array of int64, shape (n_nodes,)
-        Object of each node, as :func:`link` gives it.
+        Object of each node: the index of one of its nodes, the same for all of them.
+    n_before : int
+        Objects that have a number already.
     max_label : int
         Largest id that can be stored.
 
     Returns
     -------
     ids : array of uint32, shape (n_nodes,)
-        Global label of each node: 1..n_objects in raster order of the objects' first pixels; 0 for
-        an object that paints nothing.
+        Global label of each node: from n_before + 1 in raster order of the objects' first pixels; 0
+        for a node that paints nothing.
     n_objects : int
-        Objects that paint something.
+        Objects that have a number now.
 
     Raises
     ------
@@ -238,11 +235,84 @@ def number(first_pixels: Nodes, roots: Nodes, max_label: int = MAX_LABEL) -> tup
     first = np.full(roots.size, nowhere, np.int64)
     np.minimum.at(first, roots, np.where(first_pixels < 0, nowhere, first_pixels))
     painting = np.flatnonzero(first < nowhere)
-    if painting.size > max_label:
+    n_objects = n_before + painting.size
+    if n_objects > max_label:
         raise SettingsError(
-            f"{painting.size} objects do not fit into labels up to {max_label}; "
+            f"{n_objects} objects do not fit into labels up to {max_label}; "
             "segment parts of the image, or raise --min-size if most of them are specks."
         )
     ids = np.zeros(roots.size, np.uint32)
-    ids[painting[np.argsort(first[painting], kind="stable")]] = np.arange(1, painting.size + 1, dtype=np.uint32)
-    return ids[roots], int(painting.size)
+    ids[painting[np.argsort(first[painting], kind="stable")]] = np.arange(n_before + 1, n_objects + 1, dtype=np.uint32)
+    return np.where(first_pixels < 0, np.uint32(0), ids[roots]), n_objects
+
+
+class Numbering:
+    """Ids handed out slab after slab, the same as :func:`number` gives for all nodes at once.
+
+    A slab is the blocks that share their index along the first axis. In raster order of pixels the
+    slabs follow each other, so an object's id is known with the first slab that it paints in, and
+    only ids of linked objects need to be kept for the slabs to come.
+
+    Parameters
+    ----------
+    linked : array of int64, shape (n_linked,)
+    objects : array of int32, shape (n_linked,)
+        As :func:`link` gives them.
+    max_label : int
+        Largest id that can be stored.
+
+    Attributes
+    ----------
+    n_objects : int
+        Objects numbered so far.
+
+    Notes
+    -----
+    Memory: 16 bytes per linked node, some 50 per node of the slab being numbered.
+    """
+
+    def __init__(self, linked: Nodes, objects: npt.NDArray[np.int32], max_label: int = MAX_LABEL) -> None:
+        self.n_objects = 0
+        self._n_nodes = 0
+        self._max_label = max_label
+        self._linked, self._objects = linked, objects
+        self._ids = np.zeros(int(objects.max(initial=-1)) + 1, np.uint32)
+
+    def take(self, first_pixels: Nodes) -> Pairs:
+        """Number the next slab.
+
+        Parameters
+        ----------
+        first_pixels : array of int64, shape (n_nodes,)
+            Of the nodes that follow those of the slab before, as for :func:`number`.
+
+        Returns
+        -------
+        ids : array of uint32, shape (n_nodes,)
+            Global label of each node, 0 for one that paints nothing.
+
+        Raises
+        ------
+        SettingsError
+            If there are more objects than `max_label`.
+
+        Notes
+        -----
+        Not checked: that no first pixel of this slab comes before one of an earlier slab.
+        """
+        start, stop = np.searchsorted(self._linked, [self._n_nodes, self._n_nodes + first_pixels.size])
+        nodes, objects = self._linked[start:stop] - self._n_nodes, self._objects[start:stop]
+        begun = self._ids[objects] > 0
+        new, new_objects = nodes[~begun], objects[~begun]
+        roots = np.arange(first_pixels.size)
+        _, smallest, which = np.unique(new_objects, return_index=True, return_inverse=True)
+        roots[new] = new[smallest][which]
+        begins = first_pixels.copy()
+        begins[nodes[begun]] = -1
+        ids, self.n_objects = number(begins, roots, self.n_objects, self._max_label)
+        # A node in the halo alone has no id, but its object may have one from a node that paints.
+        np.maximum.at(self._ids, new_objects, ids[new])
+        paints = first_pixels[nodes] >= 0
+        ids[nodes[paints]] = self._ids[objects[paints]]
+        self._n_nodes += first_pixels.size
+        return ids

@@ -4,11 +4,12 @@ Reads
     ``<labels>/labels.zarr`` where padded blocks overlap; ``<labels>/objects``.
 Writes
     ``<labels>/pairs/<block>``: labels of a block and of a later neighbour that are one object, and
-    ``<labels>/exact/<block>``: how many of them are the same pixels for both;
+    ``<labels>/agreement/<block>``: how well it agreed with its later neighbours;
     ``<labels>/ids/<block>``: the global id of every local label; ``<labels>/stitch.json``.
 Parallel over
-    Blocks, then one merge whose time and memory grow with the number of objects (some 100 bytes
-    each), not with the image.
+    Blocks, then one merge. Its time grows with the number of objects, its memory with the links and
+    with the labels in one slab of blocks (those that share their index along the first axis), not
+    with the image or the number of objects; see `merge_memory`.
 """
 
 from __future__ import annotations
@@ -19,25 +20,38 @@ import numpy as np
 import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
-from .grid import overlap, shift
+from .grid import BlockGrid, Region, overlap, shift
 from .job import Job
 from .progress import Progress
-from .seams import agreement, link, match_seam, node_index, number
+from .seams import Numbering, agreement, link, match_seam, node_index
+from .store import Store
 
-__all__ = ["match_block", "merge", "process_block", "run"]
+__all__ = ["match_block", "merge", "merge_blocks", "merge_memory", "process_block", "run"]
 
 MIN_IOU = 0.5
 
+BYTES_PER_LINK = 100
+BYTES_PER_LABEL = 80
+BYTES_PER_BLOCK = 400
+
 Pairs = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.float64]
 
 
-def process_block(low: npt.NDArray[np.uint32], high: npt.NDArray[np.uint32], neighbour: int) -> tuple[Pairs, int]:
+def process_block(
+    low: npt.NDArray[np.uint32],
+    high: npt.NDArray[np.uint32],
+    cores: tuple[Region, Region],
+    neighbour: int,
+) -> tuple[Pairs, Counts]:
     """Pair the labels that two blocks gave the region both saw.
 
     Parameters
     ----------
     low, high : array of uint32, shape (*overlap)
         Labels of a block and of a later neighbour.
+    cores : (tuple of slice, tuple of slice)
+        Parts of the overlap in the core of the block and of the neighbour.
     neighbour : int
         Position of the neighbour in raster order.
 
@@ -45,71 +59,151 @@ def process_block(low: npt.NDArray[np.uint32], high: npt.NDArray[np.uint32], nei
     -------
     pairs : array of int64, shape (n, 3)
         Label of the block, the neighbour, its label.
-    n_exact : int
-        Pairs that are the same pixels for both.
+    counts : array of float64, shape (5,)
+        How well the two agreed, see `seams.agreement`.
     """
-    pairs = match_seam(low, high, MIN_IOU)
-    _, n_exact = agreement(low, high, pairs)
-    return np.column_stack([pairs[:, 0], np.full(len(pairs), neighbour), pairs[:, 1]]).astype(np.int64), n_exact
+    pairs, ious = match_seam(low, high, MIN_IOU)
+    counts = agreement(low, high, (pairs, ious), *cores)
+    return np.column_stack([pairs[:, 0], np.full(len(pairs), neighbour), pairs[:, 1]]).astype(np.int64), counts
 
 
 def match_block(position: int, job: Job) -> dict[str, Any]:
     """Task: compare one block with its later neighbours."""
     grid, labels = job.blocks, job.store.open(f"{job.labels}/labels.zarr")
     block = grid.at(grid.index_of(position))
-    found = [np.zeros((0, 3), np.int64)]
-    n_exact = 0
-    if _n_objects(job, position):
-        for index in grid.later_neighbours(block.index):
-            other = grid.at(index)
-            shared = overlap(block.padded, other.padded)
-            if shared is None or not _n_objects(job, grid.number(index)):
-                continue
-            low = labels[(position, *shift(shared, tuple(p.start for p in block.padded)))]
-            high = labels[(grid.number(index), *shift(shared, tuple(p.start for p in other.padded)))]
-            pairs, n_same = process_block(low, high, grid.number(index))
-            found.append(pairs)
-            n_exact += n_same
+    is_empty = _is_empty(job, position)
+    found, counts = [np.zeros((0, 3), np.int64)], np.zeros(5)
+    for index in grid.later_neighbours(block.index):
+        other, number = grid.at(index), grid.number(index)
+        shared = overlap(block.padded, other.padded)
+        # Where only one of them found anything there is no pair, but perhaps a label that is cut.
+        if shared is None or (is_empty and _is_empty(job, number)):
+            continue
+        low = labels[(position, *shift(shared, tuple(p.start for p in block.padded)))]
+        high = labels[(number, *shift(shared, tuple(p.start for p in other.padded)))]
+        pairs, agreed = process_block(low, high, _cores(shared, block.core, other.core), number)
+        found.append(pairs)
+        counts += agreed
     job.store.save(f"{job.labels}/pairs/{position}", np.concatenate(found))
-    job.store.save(f"{job.labels}/exact/{position}", np.array(n_exact))
+    job.store.save(f"{job.labels}/agreement/{position}", counts)
     return {"peak": peak_memory()}
 
 
-def _n_objects(job: Job, position: int) -> int:
-    return int(job.store.load(f"{job.labels}/objects/{position}").size) - 2
+def _is_empty(job: Job, position: int) -> bool:
+    """Whether nothing was found in a block."""
+    return job.store.view(f"{job.labels}/objects/{position}").size == 2
+
+
+def _cores(shared: Region, low: Region, high: Region) -> tuple[Region, Region]:
+    """The parts of the region that two neighbours share that lie in their cores, seen from its origin."""
+    origin = tuple(p.start for p in shared)
+    parts = [
+        tuple(slice(max(p.start, q.start), min(p.stop, q.stop)) for p, q in zip(shared, core, strict=True))
+        for core in (low, high)
+    ]
+    return shift(parts[0], origin), shift(parts[1], origin)
 
 
 def merge(_: int, job: Job) -> dict[str, Any]:
-    """Task: link all pairs and number the objects."""
-    n_blocks = job.blocks.n_blocks
-    objects = [job.store.load(f"{job.labels}/objects/{position}") for position in range(n_blocks)]
-    n_cut, n_skipped = (int(sum(o[i] for o in objects)) for i in range(2))
-    first = np.concatenate([o[2:] for o in objects])
-    offsets = np.concatenate([[0], np.cumsum([o.size - 2 for o in objects])]).astype(np.int64)
-    links = [np.zeros((0, 2), np.int64)]
-    n_pairs = n_exact = 0
-    for position in range(n_blocks):
-        pairs = job.store.load(f"{job.labels}/pairs/{position}")
-        here = node_index(offsets, position, pairs[:, 0])
-        links.append(np.column_stack([here, node_index(offsets, pairs[:, 1], pairs[:, 2])]))
-        n_pairs += len(pairs)
-        n_exact += int(job.store.load(f"{job.labels}/exact/{position}"))
-    ids, n_objects = number(first, link(np.concatenate(links), first.size))
-    for position in range(n_blocks):
-        job.store.save(f"{job.labels}/ids/{position}", ids[offsets[position] : offsets[position + 1]])
-    facts = {
-        "n_objects": n_objects,
+    """Task: link all pairs and number the objects; done again from the start if it was interrupted."""
+    return {"facts": merge_blocks(job.store, job.labels, job.blocks), "peak": peak_memory()}
+
+
+def merge_blocks(store: Store, folder: str, grid: BlockGrid) -> dict[str, Any]:
+    """Link the pairs of all blocks and number the objects slab by slab.
+
+    Parameters
+    ----------
+    store : Store
+        The scratch.
+    folder : str
+        Folder of it that holds ``objects``, ``pairs`` and ``agreement`` of every block, and gets ``ids``.
+    grid : BlockGrid
+        The blocks.
+
+    Returns
+    -------
+    facts : dict
+        ``n_objects``, ``n_cut_by_halo``, ``n_blocks``, ``n_skipped_blocks``, ``n_pairs``,
+        ``n_exact_pairs``, ``mean_iou``, ``n_seam``, ``n_seam_linked``; see `pipeline.Report`.
+    """
+    n_blocks = grid.n_blocks
+    offsets, n_cut, n_skipped = _count(store, folder, n_blocks)
+    links, counts = _links(store, folder, offsets)
+    linked, objects = link(links, int(offsets[-1]))
+    del links
+    numbering = Numbering(linked, objects)
+    per_slab = n_blocks // grid.counts[0]
+    for start in range(0, n_blocks, per_slab):
+        slab = range(start, start + per_slab)
+        first = np.concatenate([store.load(f"{folder}/objects/{position}")[2:] for position in slab])
+        ids = numbering.take(first)
+        for position in slab:
+            here = offsets[position : position + 2] - offsets[start]
+            store.save(f"{folder}/ids/{position}", ids[slice(*here)])
+    n_pairs, n_exact, sum_iou, n_seam, n_seam_linked = counts.tolist()
+    return {
+        "n_objects": numbering.n_objects,
         "n_cut_by_halo": n_cut,
         "n_blocks": n_blocks,
         "n_skipped_blocks": n_skipped,
-        "n_pairs": n_pairs,
-        "n_exact_pairs": n_exact,
+        "n_pairs": int(n_pairs),
+        "n_exact_pairs": int(n_exact),
+        "mean_iou": sum_iou / n_pairs if n_pairs else 1.0,
+        "n_seam": int(n_seam),
+        "n_seam_linked": int(n_seam_linked),
     }
-    return {"facts": facts, "peak": peak_memory()}
 
 
-def run(job: Job, executor: Executor, progress: Progress) -> dict[str, int]:
-    """Stitch the blocks; returns counts of objects, blocks, cut objects and pairs."""
+def _count(store: Store, folder: str, n_blocks: int) -> tuple[Pairs, int, int]:
+    """Labels in all blocks before each and in all; objects that were cut; blocks that were skipped."""
+    offsets = np.zeros(n_blocks + 1, np.int64)
+    n_cut = n_skipped = 0
+    for position in range(n_blocks):
+        objects = store.view(f"{folder}/objects/{position}")
+        offsets[position + 1] = offsets[position] + objects.size - 2
+        n_cut += int(objects[0])
+        n_skipped += int(objects[1])
+    return offsets, n_cut, n_skipped
+
+
+def _links(store: Store, folder: str, offsets: Pairs) -> tuple[Pairs, Counts]:
+    """Pairs of nodes of all blocks, and how well the blocks agreed."""
+    links, counts = [np.zeros((0, 2), np.int64)], np.zeros(5)
+    for position in range(offsets.size - 1):
+        pairs = store.load(f"{folder}/pairs/{position}")
+        counts += store.load(f"{folder}/agreement/{position}")
+        if len(pairs):
+            here = node_index(offsets, position, pairs[:, 0])
+            links.append(np.column_stack([here, node_index(offsets, pairs[:, 1], pairs[:, 2])]))
+    return np.concatenate(links), counts
+
+
+def merge_memory(n_labels: int, n_links: int, n_blocks: int) -> int:
+    """Memory that a merge needs at most, besides what a process has with everything imported.
+
+    Parameters
+    ----------
+    n_labels : int
+        Local labels in the fullest slab: the blocks that share their index along the first axis.
+    n_links : int
+        Pairs of labels of neighbouring blocks that are one object, in the whole image.
+    n_blocks : int
+        Blocks of the image.
+
+    Returns
+    -------
+    mem_bytes : int
+
+    Notes
+    -----
+    The factors are measured ones with a margin (``scripts/bench/stitch.py``, tests/test_stitch.py).
+    """
+    return BYTES_PER_LINK * n_links + BYTES_PER_LABEL * n_labels + BYTES_PER_BLOCK * n_blocks
+
+
+def run(job: Job, executor: Executor, progress: Progress) -> dict[str, Any]:
+    """Stitch the blocks; returns counts of objects, blocks, cut objects, pairs and how blocks agreed."""
     n_blocks = job.blocks.n_blocks
     stage = f"{job.labels}/seams"
     done = job.store.done(stage)

@@ -55,6 +55,9 @@ class Store(Protocol):
     def load(self, name: str) -> npt.NDArray[Any]:
         """A small array stored whole."""
 
+    def view(self, name: str) -> npt.NDArray[Any]:
+        """An array stored whole, to be read where it is indexed and not changed."""
+
     def done(self, stage: str) -> set[int]:
         """Numbers of the pieces of a stage that are stored."""
 
@@ -103,6 +106,10 @@ class MemoryStore:
 
     def load(self, name: str) -> npt.NDArray[Any]:
         """A small array stored whole."""
+        return self._arrays[name]
+
+    def view(self, name: str) -> npt.NDArray[Any]:
+        """An array stored whole, to be read where it is indexed and not changed."""
         return self._arrays[name]
 
     def done(self, stage: str) -> set[int]:
@@ -188,6 +195,11 @@ class DiskStore:
     def load(self, name: str) -> npt.NDArray[Any]:
         """A small array stored whole."""
         values: npt.NDArray[Any] = np.load(self.path / f"{name}.npy", allow_pickle=False)
+        return values
+
+    def view(self, name: str) -> npt.NDArray[Any]:
+        """An array stored whole, to be read where it is indexed and not changed."""
+        values: npt.NDArray[Any] = np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         return values
 
     def done(self, stage: str) -> set[int]:
