@@ -33,6 +33,7 @@ MIN_IOU = 0.5
 BYTES_PER_LINK = 100
 BYTES_PER_LABEL = 80
 BYTES_PER_BLOCK = 400
+BYTES_IN_ANY_CASE = 2**19
 
 Pairs = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.float64]
@@ -199,7 +200,8 @@ def merge_memory(n_labels: int, n_links: int, n_blocks: int) -> int:
     -----
     The factors are measured ones with a margin (``scripts/bench/stitch.py``, tests/test_stitch.py).
     """
-    return BYTES_PER_LINK * n_links + BYTES_PER_LABEL * n_labels + BYTES_PER_BLOCK * n_blocks
+    by_size = BYTES_PER_LINK * n_links + BYTES_PER_LABEL * n_labels + BYTES_PER_BLOCK * n_blocks
+    return BYTES_IN_ANY_CASE + by_size
 
 
 def run(job: Job, executor: Executor, progress: Progress) -> dict[str, Any]:

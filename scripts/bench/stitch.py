@@ -1,6 +1,6 @@
 """Stitching at scale: seconds and memory of the merge, from 10^5 to 10^7 objects in 1 600 blocks.
 
-    python scripts/bench/stitch.py [--max 10_000_000] [--save FILE]
+    python scripts/bench/stitch.py [--max 10_000_000] [--blocks 40] [--save FILE]
 
 There is no image: objects are squares on a jittered grid, nearly touching, cut by a grid of 40 x 40 blocks
 as the masks stage would leave them (first pixels per block) and matched as the seams would match them (pairs
@@ -27,13 +27,12 @@ import numpy.typing as npt
 
 FOLDER = "masks"
 PITCH, SIDE = 24, 22  # pixels from object to object, and side of one: the jitter is what is left
-BLOCKS_PER_SIDE = 40
 MAX_SECONDS, MAX_BYTES, MAX_RATIO = 120.0, 2 * 2**30, 12.0
 
 Array = npt.NDArray[np.int64]
 
 
-def geometry(n_objects: int, blocks_per_side: int = BLOCKS_PER_SIDE) -> Any:
+def geometry(n_objects: int, blocks_per_side: int) -> Any:
     """The grid of blocks over an image with room for this many objects."""
     from tiledseg.grid import BlockGrid
 
@@ -118,11 +117,11 @@ def merge(store: Any, grid: Any) -> dict[str, Any]:
     return {"seconds": seconds, "peak": whole, "above": whole - before, **facts}
 
 
-def task(name: str, n_objects: int, folder: Path) -> dict[str, Any]:
+def task(name: str, n_objects: int, blocks_per_side: int, folder: Path) -> dict[str, Any]:
     """One step for one size, in this process."""
     from tiledseg.store import DiskStore
 
-    store, grid = DiskStore(folder), geometry(n_objects)
+    store, grid = DiskStore(folder), geometry(n_objects, blocks_per_side)
     if name == "build":
         return {"n_links": build(store, grid, n_objects)}
     if name == "merge":
@@ -131,18 +130,21 @@ def task(name: str, n_objects: int, folder: Path) -> dict[str, Any]:
     return {"n_wrong": sum(not np.array_equal(store.load(f"{FOLDER}/ids/{i}"), one) for i, one in enumerate(ids))}
 
 
-def in_a_process(name: str, n_objects: int, folder: str) -> dict[str, Any]:
+def in_a_process(name: str, n_objects: int, blocks_per_side: int, folder: str) -> dict[str, Any]:
     """The same in a fresh process: this one stays small, as a child's peak begins with its parent's."""
-    command = [sys.executable, __file__, "--task", name, "--max", str(n_objects), "--folder", folder]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    options = ["--max", str(n_objects), "--blocks", str(blocks_per_side), "--folder", folder]
+    output = subprocess.run(
+        [sys.executable, __file__, "--task", name, *options], check=True, stdout=subprocess.PIPE
+    ).stdout
     facts: dict[str, Any] = json.loads(output)
     return facts
 
 
-def measure(n_objects: int) -> dict[str, Any]:
+def measure(n_objects: int, blocks_per_side: int) -> dict[str, Any]:
     """All steps for one size."""
     with tempfile.TemporaryDirectory() as folder:
-        facts = {step: in_a_process(step, n_objects, folder) for step in ("build", "merge", "check")}
+        steps = ("build", "merge", "check")
+        facts = {step: in_a_process(step, n_objects, blocks_per_side, folder) for step in steps}
     return {"n_wanted": n_objects, **facts["build"], **facts["merge"], **facts["check"]}
 
 
@@ -166,17 +168,18 @@ def main() -> int:
     """The table, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max", type=int, default=10_000_000, help="largest number of objects")
+    parser.add_argument("--blocks", type=int, default=40, help="blocks along each side of the image")
     parser.add_argument("--save", type=Path, help="also write the figures there, as JSON")
     parser.add_argument("--task", choices=["build", "merge", "check"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
-        print(json.dumps(task(options.task, options.max, options.folder)))
+        print(json.dumps(task(options.task, options.max, options.blocks, options.folder)))
         return 0
     print(f"{'objects':>12}{'links':>10}{'seconds':>9}{'objects/s':>12}{'MiB':>7}{'bytes/object':>14}{'x tenth':>9}")
     rows: list[dict[str, Any]] = []
     for n_objects in [10**k for k in range(5, 12) if 10**k <= options.max] or [options.max]:
-        row = measure(n_objects)
+        row = measure(n_objects, options.blocks)
         ratio = f"{row['seconds'] / rows[-1]['seconds']:9.1f}" if rows else ""
         rows.append(row)
         print(

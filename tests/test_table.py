@@ -1,0 +1,107 @@
+"""The object table, put together batch after batch of ids."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet
+import pytest
+
+from tiledseg import publish
+from tiledseg.config import Settings
+from tiledseg.images import open_image
+from tiledseg.job import Job
+from tiledseg.networks.models import find_model
+from tiledseg.omezarr import create_labels, plan_labels, write_image
+from tiledseg.store import DiskStore
+
+SIDE = 2048
+N_REGIONS = 4
+WIDTH = 12
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """A run whose labels are published, but for the table: four regions, two channels, 0.5 µm pixels."""
+    path = tmp_path / "image.ome.zarr"
+    flat = np.zeros((2, 2 * SIDE, 2 * SIDE), np.uint8)
+    write_image(path, flat, axes="cyx", channels=["a", "b"], spacing_um=(0.5, 0.5))
+    settings, image = Settings.of(), open_image(path)
+    plan = plan_labels(image, None, "cells", None)
+    create_labels(plan, attributes={})
+    store, model = DiskStore(tmp_path / "scratch"), find_model(settings.flows.model)
+    return Job(image, 0, settings, model, "cpu", store, labels="m", plan=plan, table=tmp_path / "table.parquet")
+
+
+def leave_parts(job: Job, n_objects: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    """Parts of objects as regions measure them; an object may have parts in any regions, at least in one."""
+    rows = []
+    is_there = rng.random((N_REGIONS, n_objects)) < 0.3
+    is_there[rng.integers(0, N_REGIONS, n_objects), np.arange(n_objects)] = True
+    for region, there in enumerate(is_there):
+        ids = np.flatnonzero(there) + 1
+        parts = rng.integers(1, 4 * SIDE, (ids.size, WIDTH)).astype(np.float64)
+        parts[:, 0] = ids
+        parts[ids % 5 == 0, 9] = 0  # no finite pixel of the first channel
+        job.store.save(f"m/measured/{region}", parts)
+        rows.append(parts)
+    return np.concatenate(rows)
+
+
+def expected_columns(parts: npt.NDArray[np.float64], n_objects: int) -> dict[str, Any]:
+    """The table, object by object."""
+    columns: dict[str, list[Any]] = {}
+    for label in range(1, n_objects + 1):
+        mine = parts[parts[:, 0] == label]
+        area, y, x = mine[:, 1:4].sum(axis=0)
+        row = {"label": label, "centroid_y": y / area, "centroid_x": x / area}
+        row |= {"centroid_y_um": y / area * 0.5, "centroid_x_um": x / area * 0.5}
+        row |= {"bbox_y_start": mine[:, 4].min(), "bbox_y_stop": mine[:, 6].max()}
+        row |= {"bbox_x_start": mine[:, 5].min(), "bbox_x_stop": mine[:, 7].max()}
+        row |= {"area": area, "area_um2": area / 4}
+        for name, (total, count) in (("a", mine[:, 8:10].sum(axis=0)), ("b", mine[:, 10:12].sum(axis=0))):
+            row[f"mean_{name}"] = np.float32(total / count) if count else np.nan
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    return columns
+
+
+@pytest.mark.parametrize(("n_objects", "batch"), [(1000, 1), (1000, 77), (1000, 250), (1000, 2**18), (1, 10), (0, 10)])
+def test_the_table_does_not_depend_on_the_batches(
+    job: Job, monkeypatch: pytest.MonkeyPatch, n_objects: int, batch: int
+) -> None:
+    monkeypatch.setattr(publish, "TABLE_BATCH", batch)
+    assert job.table is not None
+    parts = leave_parts(job, n_objects, np.random.default_rng(3))
+    publish.write_table(0, job)
+    file = pyarrow.parquet.ParquetFile(job.table)
+    assert file.metadata.num_row_groups == -(-n_objects // batch)
+    table = file.read()
+    assert table.num_rows == n_objects
+    assert table.equals(publish.table_of(job))
+    types = {field.name: str(field.type) for field in table.schema}
+    assert types["label"] == "uint32"
+    assert {types[name] for name in ("area", "bbox_y_start", "bbox_x_stop")} == {"int64"}
+    assert {types[name] for name in ("centroid_y", "centroid_x_um", "area_um2")} == {"double"}
+    assert {types[name] for name in ("mean_a", "mean_b")} == {"float"}
+    for name, values in expected_columns(parts, n_objects).items():
+        np.testing.assert_array_equal(table[name].to_numpy(), values, err_msg=name)
+    assert not job.table.with_suffix(".partial").exists()
+
+
+def test_memory_for_the_table_does_not_grow_with_the_objects(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "TABLE_BATCH", 2000)
+    leave_parts(job, 10, np.random.default_rng(0))
+    publish.write_table(0, job)  # what is imported on first use does not count
+    peaks = []
+    for n_objects in (10_000, 80_000):
+        leave_parts(job, n_objects, np.random.default_rng(0))
+        tracemalloc.start()
+        publish.write_table(0, job)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
