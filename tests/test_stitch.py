@@ -193,11 +193,6 @@ def test_the_benchmark_runs_and_says_what_it_misses(
     assert capsys.readouterr().out.splitlines()[1].split()[0] == "300"
 
 
-def fullest_slab(store: Store, folder: str, grid: BlockGrid) -> int:
-    sizes = [store.view(f"{folder}/objects/{number}").size - 2 for number in range(grid.n_blocks)]
-    return int(np.reshape(sizes, (grid.counts[0], -1)).sum(axis=1).max())
-
-
 @pytest.mark.parametrize(
     ("n_objects", "blocks_per_side"),
     [
@@ -211,7 +206,7 @@ def test_the_merge_needs_what_is_projected(
 ) -> None:
     store, grid = DiskStore(tmp_path), bench.geometry(n_objects, blocks_per_side)
     n_links = bench.build(store, grid, n_objects)
-    projected = merge_memory(fullest_slab(store, bench.FOLDER, grid), n_links, grid.n_blocks)
+    projected = merge_memory(bench.fullest_slab(store, grid), n_links, grid.n_blocks)
     tracemalloc.start()
     merge_blocks(store, bench.FOLDER, grid)
     _, measured = tracemalloc.get_traced_memory()

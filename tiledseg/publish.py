@@ -34,7 +34,7 @@ __all__ = ["process_block", "run", "table_of"]
 
 REGION = 2048
 TABLE_BATCH = 2**18
-"""Ids that are measured at a time for the table: a row group of it, some 100 MiB while in work."""
+"""Ids that are measured at a time for the table: a row group of it, some 200 MiB while in work."""
 
 Measured = npt.NDArray[np.float64]
 

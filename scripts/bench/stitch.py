@@ -102,19 +102,27 @@ def expected_ids(grid: Any, n_objects: int) -> list[npt.NDArray[np.uint32]]:
     return np.split(rank[here[order]], starts)
 
 
+def fullest_slab(store: Any, grid: Any) -> int:
+    """Most labels that the blocks with one index along the first axis have together."""
+    sizes = [store.view(f"{FOLDER}/objects/{position}").size - 2 for position in range(grid.n_blocks)]
+    return int(np.reshape(sizes, (grid.counts[0], -1)).sum(axis=1).max())
+
+
 def merge(store: Any, grid: Any) -> dict[str, Any]:
     """Merge the records and measure it; for a process that does nothing else."""
     import scipy.sparse.csgraph  # noqa: F401  before the memory is measured
 
     from tiledseg.cluster import peak_memory
-    from tiledseg.stitch import merge_blocks
+    from tiledseg.stitch import merge_blocks, merge_memory
 
+    in_slab = fullest_slab(store, grid)
     before = peak_memory()[1]
     start = time.perf_counter()
     facts = merge_blocks(store, FOLDER, grid)
     seconds = time.perf_counter() - start
     whole = peak_memory()[1]
-    return {"seconds": seconds, "peak": whole, "above": whole - before, **facts}
+    projected = merge_memory(in_slab, facts["n_pairs"], grid.n_blocks)
+    return {"seconds": seconds, "peak": whole, "above": whole - before, "projected": projected, **facts}
 
 
 def task(name: str, n_objects: int, blocks_per_side: int, folder: Path) -> dict[str, Any]:
@@ -176,7 +184,9 @@ def main() -> int:
     if options.task:
         print(json.dumps(task(options.task, options.max, options.blocks, options.folder)))
         return 0
-    print(f"{'objects':>12}{'links':>10}{'seconds':>9}{'objects/s':>12}{'MiB':>7}{'bytes/object':>14}{'x tenth':>9}")
+    print(
+        f"{'objects':>12}{'links':>10}{'seconds':>9}{'objects/s':>12}{'MiB':>7}{'projected':>11}{'bytes/object':>14}{'x tenth':>9}"
+    )
     rows: list[dict[str, Any]] = []
     for n_objects in [10**k for k in range(5, 12) if 10**k <= options.max] or [options.max]:
         row = measure(n_objects, options.blocks)
@@ -184,7 +194,7 @@ def main() -> int:
         rows.append(row)
         print(
             f"{n_objects:12,}{row['n_links']:10,}{row['seconds']:9.2f}{n_objects / row['seconds']:12,.0f}"
-            f"{row['above'] / 2**20:7.1f}{row['above'] / n_objects:14.1f}{ratio}",
+            f"{row['above'] / 2**20:7.1f}{row['projected'] / 2**20:11.1f}{row['above'] / n_objects:14.1f}{ratio}",
             flush=True,
         )
     if options.save:
