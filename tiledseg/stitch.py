@@ -199,6 +199,7 @@ def merge_memory(n_labels: int, n_links: int, n_blocks: int) -> int:
     Notes
     -----
     The factors are measured ones with a margin (``scripts/bench/stitch.py``, tests/test_stitch.py).
+    Below some MiB what a process takes varies by more than this.
     """
     by_size = BYTES_PER_LINK * n_links + BYTES_PER_LABEL * n_labels + BYTES_PER_BLOCK * n_blocks
     return BYTES_IN_ANY_CASE + by_size

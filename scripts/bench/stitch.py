@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 FOLDER = "masks"
 PITCH, SIDE = 24, 22  # pixels from object to object, and side of one: the jitter is what is left
+WIDTHS = (12, 10, 9, 12, 7, 11, 14, 9)
 MAX_SECONDS, MAX_BYTES, MAX_RATIO = 120.0, 2 * 2**30, 12.0
 
 Array = npt.NDArray[np.int64]
@@ -184,19 +185,17 @@ def main() -> int:
     if options.task:
         print(json.dumps(task(options.task, options.max, options.blocks, options.folder)))
         return 0
-    print(
-        f"{'objects':>12}{'links':>10}{'seconds':>9}{'objects/s':>12}{'MiB':>7}{'projected':>11}{'bytes/object':>14}{'x tenth':>9}"
-    )
+    names = ["objects", "links", "seconds", "objects/s", "MiB", "projected", "bytes/object", "x tenth"]
+    print("".join(f"{name:>{width}}" for name, width in zip(names, WIDTHS, strict=True)))
     rows: list[dict[str, Any]] = []
     for n_objects in [10**k for k in range(5, 12) if 10**k <= options.max] or [options.max]:
         row = measure(n_objects, options.blocks)
-        ratio = f"{row['seconds'] / rows[-1]['seconds']:9.1f}" if rows else ""
+        ratio = f"{row['seconds'] / rows[-1]['seconds']:.1f}" if rows else ""
         rows.append(row)
-        print(
-            f"{n_objects:12,}{row['n_links']:10,}{row['seconds']:9.2f}{n_objects / row['seconds']:12,.0f}"
-            f"{row['above'] / 2**20:7.1f}{row['projected'] / 2**20:11.1f}{row['above'] / n_objects:14.1f}{ratio}",
-            flush=True,
-        )
+        mib = [f"{row[key] / 2**20:.1f}" for key in ("above", "projected")]
+        cells = [f"{n_objects:,}", f"{row['n_links']:,}", f"{row['seconds']:.2f}", f"{n_objects / row['seconds']:,.0f}"]
+        cells += [*mib, f"{row['above'] / n_objects:.1f}", ratio]
+        print("".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)), flush=True)
     if options.save:
         options.save.write_text(json.dumps(rows, indent=1))
     for sentence in missed(rows):
