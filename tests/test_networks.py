@@ -13,7 +13,7 @@ import torch
 from tiledseg.errors import ModelError
 from tiledseg.networks.models import WEIGHTS, SizeModel, find_model
 from tiledseg.networks.runner import Network, load_network
-from tiledseg.networks.unet import ResidualUNet, read_state
+from tiledseg.networks.unet import ResidualUNet, fold_norms, read_state, unet_of
 
 
 def random_tiles(n: int) -> np.ndarray:
@@ -54,6 +54,31 @@ def test_the_model_card_tells_the_figures_of_the_training_script() -> None:
     for how in ("known", "estimated"):
         for kind in facts[how].values():
             assert " / ".join(f"{ap:.3f}" for ap in kind["ap"]) in card
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_folded_norms_change_outputs_by_rounding_only(is_trained: bool) -> None:
+    torch.manual_seed(3)
+    path = find_model("tiledseg-nuclei").path
+    net = unet_of(read_state(path), path) if is_trained else ResidualUNet((2, 8, 16, 24, 32))
+    if not is_trained:
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2.0)
+                torch.nn.init.normal_(module.weight)
+                torch.nn.init.normal_(module.bias)
+    net.eval()
+    tiles = torch.randn(2, 2, 96, 96)
+    with torch.inference_mode():
+        before = net(tiles)
+    n_norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
+    fold_norms(net)
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules()) == n_norms - 20
+    with torch.inference_mode():
+        after = net(tiles)
+    for old, new in zip(before, after, strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-4 * float(old.abs().max()))
 
 
 def test_a_tile_gives_the_same_bits_in_any_company_and_thread() -> None:

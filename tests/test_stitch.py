@@ -215,7 +215,7 @@ def test_the_merge_needs_what_is_projected(
 
 
 def test_a_thousand_million_objects_fit_into_a_workstation() -> None:
-    """10^9 objects in 160 000 blocks (400 x 400), with 10 % of the nodes linked: 5.9 GB.
+    """10^9 objects in 160 000 blocks (400 x 400), with 10 % of the nodes linked: 5.6 GB.
 
     Linked nodes come in pairs, so 10^9 objects are 1.05 x 10^9 nodes at the least, with 5.3 x 10^7
     links (5.3 GB, all at once); a slab of 400 blocks has 2.6 x 10^6 nodes (0.2 GB), and 160 000

@@ -22,7 +22,7 @@ import torch
 
 from ..gpu import GPU
 from .models import Model
-from .unet import read_state, unet_of
+from .unet import fold_norms, read_state, unet_of
 
 __all__ = ["Network", "load_network", "torch_threads_kept"]
 
@@ -47,8 +47,9 @@ class Network:
     """
 
     def __init__(self, model: Model, device: str) -> None:
-        net = unet_of(read_state(model.path), model.path)
-        self._net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net = unet_of(read_state(model.path), model.path).eval()
+        fold_norms(net)
+        self._net = net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._device = device
         if device == "cpu":
             _keep_freed_memory()

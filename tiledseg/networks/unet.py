@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 
-__all__ = ["ResidualUNet", "read_state", "unet_of"]
+__all__ = ["ResidualUNet", "fold_norms", "read_state", "unet_of"]
 
 
 def _norm_relu_conv(n_in: int, n_out: int, size: int) -> nn.Sequential:
@@ -163,6 +163,57 @@ class ResidualUNet(nn.Module):
         style = style / style.pow(2).sum(dim=1, keepdim=True).sqrt()
         output: Tensor = self.output(self.upsample(style, features))
         return output, style
+
+
+def fold_norms(net: ResidualUNet) -> None:
+    """Fold batch normalisation into the convolution before or after it, where nothing lies between.
+
+    Half of the layers go; outputs change by rounding only. The network can no longer be trained, nor
+    its state be saved as a model file.
+
+    Parameters
+    ----------
+    net : ResidualUNet
+        Changed in place; its running statistics count, as in ``eval()``.
+    """
+    downs: Any = net.downsample.down  # torch's modules know their children by name only
+    ups: Any = net.upsample.up
+    with torch.no_grad():
+        for down in downs:
+            down.proj = _fold_into_next(*down.proj)
+            for first, second in ((0, 1), (2, 3)):
+                _fold_into_previous(down.conv[first][2], down.conv[second])
+        for up in ups:
+            up.proj = _fold_into_next(*up.proj)
+            # The style is added between the two: its map is scaled as well.
+            scale = _fold_into_previous(up.conv[2].conv[2], up.conv[3].conv)
+            up.conv[3].full.weight *= scale[:, None]
+            up.conv[3].full.bias *= scale
+
+
+def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    """What a normalisation multiplies by, then adds."""
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def _fold_into_next(norm: Any, conv: nn.Conv2d) -> nn.Conv2d:
+    """A convolution of one pixel that does what both did."""
+    scale, shift = _scale_and_shift(norm)
+    if conv.bias is not None:
+        conv.bias += (conv.weight * shift[None, :, None, None]).sum(dim=(1, 2, 3))
+    conv.weight *= scale[None, :, None, None]
+    return conv
+
+
+def _fold_into_previous(conv: nn.Conv2d, following: nn.Sequential) -> Tensor:
+    """Let a convolution do what the normalisation at the head of the following layers did; its scale."""
+    scale, shift = _scale_and_shift(following[0])
+    conv.weight *= scale[:, None, None, None]
+    if conv.bias is not None:
+        conv.bias.mul_(scale).add_(shift)
+    following[0] = nn.Identity()
+    return scale
 
 
 def read_state(path: Path) -> dict[str, Any]:
