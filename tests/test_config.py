@@ -13,6 +13,7 @@ from tiledseg.errors import SettingsError
 BAD = {
     "diameter": ["0", "-3", "nan", "wide", "inf", "12furlongs", 0, -1.0, ""],
     "foreground": ["on"],
+    "normalize": ["tile"],
     "missing_chunks": ["ignore"],
     "device": ["tpu"],
     "block": [0, 15, "big", 3.5, True],

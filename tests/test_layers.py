@@ -16,7 +16,7 @@ ROWS = [
     {"heat"},
     {"gpu"},
     {"config", "grid", "dynamics", "seams", "progress", "slides", "scoring", "pictures"},
-    {"images.image", "store", "omezarr.groups"},
+    {"images.image", "store", "omezarr.groups", "normalisation"},
     {"images.assembly", "omezarr.writer"},
     {"images.from_zarr", "images.from_tiff"},
     {"images"},

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     diameter = _add(commands, "diameter", _diameter, "estimate the diameter of the cells, and nothing else")
     diameter.add_argument("image", metavar="IMAGE")
     diameter.add_argument("--axes", metavar="AXES", help="axes of an array that does not say them")
-    _add_settings(diameter, Settings, only={"channel", "model", "device", "foreground", "missing_chunks"})
+    _add_settings(diameter, Settings, only={"channel", "model", "device", "foreground", "normalize", "missing_chunks"})
 
     compare = _add(commands, "compare", _compare, "score labels against others")
     compare.add_argument("predicted", metavar="PREDICTED", help="labels: OME-Zarr, Zarr or TIFF")

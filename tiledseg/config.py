@@ -72,6 +72,12 @@ class SurveyConfig:
         "'auto' skips tiles and blocks in which nothing rises above the noise, 'off' skips none",
         choices=("auto", "off"),
     )
+    normalize: str = _option(
+        "global",
+        "'global' takes one pair of percentiles for the whole image, 'local' a smooth map of them, for uneven "
+        "light or stain",
+        choices=("global", "local"),
+    )
     missing_chunks: str = _option(
         "refuse",
         "what to do where the image lacks chunks: 'refuse' stops and names one, 'fill' reads them as the "
@@ -82,6 +88,7 @@ class SurveyConfig:
     def __post_init__(self) -> None:
         self.diameter_given()
         _one_of("foreground", self.foreground, ("auto", "off"))
+        _one_of("normalize", self.normalize, ("global", "local"))
         _one_of("missing_chunks", self.missing_chunks, ("refuse", "fill"))
 
     def diameter_given(self) -> tuple[float, str] | None:

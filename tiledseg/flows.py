@@ -68,14 +68,13 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
     wanted = [tile for tile in tiles if job.may_hold_cells(working.region_in_image(lattice.tile_region(tile)))]
     if wanted:
         network = load_network(job.model, job.device)
+        normalisation = job.normalisation
         outputs: dict[Index, FloatArray] = {}
         for start in range(0, len(wanted), network.batch):
             batch = wanted[start : start + network.batch]
             inputs = np.zeros((len(batch), job.model.n_channels, lattice.tile, lattice.tile), np.float32)
             for i, tile in enumerate(batch):
-                inputs[i, 0] = read_tile(
-                    job.image, job.channel, working, lattice.tile_region(tile), job.found.percentiles
-                )
+                inputs[i, 0] = read_tile(job.image, job.channel, working, lattice.tile_region(tile), normalisation)
             predicted, _ = network.predict(inputs)
             outputs.update(zip(batch, predicted, strict=True))
         job.store.open("flows.zarr")[chunk] = process_block(outputs, lattice, chunk)

@@ -12,6 +12,7 @@ from .config import Settings
 from .grid import BlockGrid, Index, Lattice, Region, WorkingGrid
 from .images import Image
 from .networks.models import Model
+from .normalisation import LocalRange, Normalisation, WholeRange
 from .omezarr import LabelsPlan
 from .store import Store
 from .working import plane_shape
@@ -72,6 +73,9 @@ class Surveyed:
     foreground_fraction : float
         Share of the map that may hold cells.
     diameter : Diameter
+    normalisation_pitch : tuple of float
+        Distance in pixels of level 0 of the points of the normalisation map; empty if there is one pair
+        of percentiles for all.
     """
 
     percentiles: tuple[float, float]
@@ -80,6 +84,7 @@ class Surveyed:
     foreground_cell: tuple[float, ...]
     foreground_fraction: float
     diameter: Diameter
+    normalisation_pitch: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As a document."""
@@ -89,7 +94,7 @@ class Surveyed:
     def from_json(cls, document: dict[str, Any]) -> Surveyed:
         """From a document."""
         diameter = dict(document["diameter"], quartiles=tuple(document["diameter"]["quartiles"]))
-        tuples = {key: tuple(document[key]) for key in ("percentiles", "foreground_cell")}
+        tuples = {key: tuple(document[key]) for key in ("percentiles", "foreground_cell", "normalisation_pitch")}
         return cls(**{**document, **tuples, "diameter": Diameter(**diameter)})
 
 
@@ -140,6 +145,14 @@ class Job:
         if self.surveyed is None:
             raise RuntimeError("the survey has not run")
         return self.surveyed
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """Which pixel values become 0 and 1."""
+        found = self.found
+        if not found.normalisation_pitch:
+            return WholeRange(*found.percentiles)
+        return LocalRange(self.store.open("survey.zarr/normalisation"), found.normalisation_pitch)
 
     @property
     def working(self) -> WorkingGrid:

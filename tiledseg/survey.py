@@ -3,7 +3,8 @@
 Reads
     The image: all of one level (level 0, or a coarser one of very large images), then windows.
 Writes
-    ``survey.zarr``: sampled values and noise statistics per region, then the foreground map;
+    ``survey.zarr``: sampled values and noise statistics per region, then the foreground map and,
+    if asked for, the map of the normalisation;
     ``survey.json``: percentiles (of the parts that are not empty), diameter with its spread.
 Parallel over
     Regions of the level, then windows of the image.
@@ -28,6 +29,7 @@ from .grid import Region, WorkingGrid
 from .images import Image
 from .job import Diameter, Job, Surveyed
 from .networks.runner import load_network
+from .normalisation import CELL, CELLS_PER_POINT, SAMPLES_PER_CELL, percentiles_of, range_map, sample_cells
 from .progress import Progress
 from .working import box_mean, finite_float, plane_axes, plane_region, plane_shape, read_plane, read_tile
 
@@ -39,14 +41,11 @@ FloatArray = npt.NDArray[np.float32]
 Centre = tuple[float, ...]
 
 REGION = 2048
-CELL = 64
 POOL = 4
 MARGIN = 16
 MAX_SAMPLES = 2**22
 LARGE_IMAGE = 2**28
 COARSEST = 4.0
-
-PERCENTILES = (1.0, 99.0)
 
 # What is left of white noise after means over 4 x 4 pixels and a Gaussian of one such mean.
 NOISE_LEFT = 0.0705
@@ -162,13 +161,15 @@ def survey_region(number: int, job: Job) -> dict[str, Any]:
     core = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(region, wide, strict=True))
     values = finite_float(raw, np.nan)
     samples = values[core][sampling.sampled(region)].ravel()
+    cells = tuple(slice(p.start // CELL, -(-p.stop // CELL)) for p in region)
+    if job.settings.survey.normalize == "local":
+        job.store.open("survey.zarr/by-cell")[cells] = sample_cells(values[core])
     n_nonfinite = int(np.isnan(values[core]).sum())
     if n_nonfinite or np.isnan(values).any():
         values[np.isnan(values)] = 0 if np.isnan(values).all() else np.nanmin(values)
     stored = np.full(sampling.samples_per_region, np.nan, np.float32)
     stored[: samples.size] = samples
     job.store.open("survey.zarr/samples")[number] = stored
-    cells = tuple(slice(p.start // CELL, -(-p.stop // CELL)) for p in region)
     job.store.open("survey.zarr/cells")[(slice(None), *cells)] = process_block(values, core)
     extremes = values[core]
     job.store.save(f"survey.zarr/facts-{number}", np.array([n_nonfinite, extremes.min(), extremes.max()], np.float64))
@@ -201,6 +202,9 @@ def run(job: Job, executor: Executor, progress: Progress) -> Surveyed:
     )
     job.store.create("survey.zarr/cells", (3, *sampling.cells), (3, cells_per_region, cells_per_region), "float32")
     job.store.create("survey.zarr/foreground", sampling.cells, (1024, 1024), "bool")
+    if job.settings.survey.normalize == "local":
+        per_chunk = (cells_per_region, cells_per_region, SAMPLES_PER_CELL)
+        job.store.create("survey.zarr/by-cell", (*sampling.cells, SAMPLES_PER_CELL), per_chunk, "float32")
     done = job.store.done("survey")
     progress.start("survey", n_regions, len(done))
     todo = [number for number in range(n_regions) if number not in done]
@@ -221,12 +225,12 @@ def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
     facts = np.stack([job.store.load(f"survey.zarr/facts-{i}") for i in range(len(samples))])
     lowest, highest = float(facts[:, 1].min()), float(facts[:, 2].max())
     is_constant = not highest > lowest
-    low, high = _percentiles(samples)
+    low, high = percentiles_of(samples)
     # On a slide that is nearly empty both percentiles of all pixels are background, and cells would
     # be many times brighter than the network has ever seen: the empty parts do not count.
     holds_something = foreground_map(cells, high - low, reach=0)
     if holds_something.any():
-        low, high = _percentiles(sampling.where(samples, holds_something))
+        low, high = percentiles_of(sampling.where(samples, holds_something))
     if not high > low and not is_constant:
         logger.warning(
             "percentiles 1 and 99 of %s are both %g; normalising by its smallest and largest value, %g and %g.",
@@ -239,24 +243,23 @@ def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
     if is_constant:
         high = low + 1.0
     cell: tuple[float, ...] = ()
+    pitch: tuple[float, ...] = ()
     fraction = 0.0 if is_constant else 1.0
+    level = job.image.levels[sampling.level]
+    cell_size = tuple(CELL * level.scale[job.image.spatial_axes.index(axis)] for axis in plane_axes(job.image))
     if job.settings.survey.foreground == "auto" and not is_constant:
-        level = job.image.levels[sampling.level]
-        cell = tuple(CELL * level.scale[job.image.spatial_axes.index(axis)] for axis in plane_axes(job.image))
+        cell = cell_size
         foreground = foreground_map(cells, high - low)
         job.store.open("survey.zarr/foreground")[:] = foreground
         fraction = float(foreground.mean())
+    if job.settings.survey.normalize == "local" and not is_constant:
+        pitch = tuple(CELLS_PER_POINT * side for side in cell_size)
+        points = range_map(job.store.open("survey.zarr/by-cell"), cells[2], holds_something, (low, high))
+        job.store.create("survey.zarr/normalisation", points.shape, (2, 256, 256), "float32")
+        job.store.open("survey.zarr/normalisation")[:] = points
     unknown = Diameter(job.model.diam_mean, "default", (job.model.diam_mean,) * 2)
-    return Surveyed((low, high), is_constant, int(facts[:, 0].sum()), cell, fraction, unknown)
-
-
-def _percentiles(samples: FloatArray) -> tuple[float, float]:
-    """Percentiles 1 and 99 of the finite values, 0 and 0 if there are none."""
-    samples = samples[np.isfinite(samples)]
-    if not samples.size:
-        return 0.0, 0.0
-    low, high = np.percentile(samples, PERCENTILES)
-    return float(low), float(high)
+    n_nonfinite = int(facts[:, 0].sum())
+    return Surveyed((low, high), is_constant, n_nonfinite, cell, fraction, unknown, pitch)
 
 
 def foreground_map(statistics: FloatArray, contrast: float, reach: int = 1) -> npt.NDArray[np.bool_]:
@@ -360,7 +363,7 @@ def _window(job: Job, centre: Centre, diameter: float) -> tuple[WorkingGrid, Flo
     for c, s, n in zip(centre, grid.scale, grid.shape, strict=True):
         starts.append(min(max(0, round(c * s - tile / 2)), max(0, n - tile)))
     region = tuple(slice(start, start + tile) for start in starts)
-    values = read_tile(job.image, job.channel, grid, region, job.found.percentiles)
+    values = read_tile(job.image, job.channel, grid, region, job.normalisation)
     inside = tuple(slice(0, min(tile, n - p.start)) for p, n in zip(region, grid.shape, strict=True))
     return grid, values, inside
 

@@ -7,6 +7,7 @@ and on nothing else.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from .errors import ImageError
 from .grid import Index, Region, WorkingGrid, interpolate, linear_weights
 from .images import Image, Level
+from .normalisation import Normalisation
 
 __all__ = ["plane_axes", "plane_region", "plane_shape", "read_plane", "read_tile"]
 
@@ -76,7 +78,7 @@ def read_tile(
     channel: int,
     grid: WorkingGrid,
     region: Region,
-    percentiles: tuple[float, float],
+    normalisation: Normalisation,
 ) -> FloatArray:
     """One channel on a region of the working grid, normalised.
 
@@ -90,7 +92,7 @@ def read_tile(
         The grid.
     region : tuple of slice
         In working pixels; may reach outside the grid, where the result is 0 (background).
-    percentiles : (float, float)
+    normalisation : Normalisation
         Values that become 0 and 1. Pixels that are not finite count as the first.
 
     Returns
@@ -103,7 +105,7 @@ def read_tile(
         return result
     source = _source_level(image, grid)
     scale, offset = _level_scale(image, image.levels[source])
-    positions, factors, needed = [], [], []
+    positions, factors, needed, pixels = [], [], [], []
     for axis, part in enumerate(inside):
         n = plane_shape(image, source)[axis]
         # Where the level is still more than twice as fine, means of whole pixels replace the missing
@@ -116,20 +118,22 @@ def read_tile(
         needed.append(slice(int(low[0]) * factor, min(n, (int(high[-1]) + 1) * factor)))
         positions.append((coordinates, n_reduced, int(low[0])))
         factors.append(factor)
-    low_value, high_value = percentiles
-    values = finite_float(read_plane(image, source, tuple(needed), channel), low_value)
-    values = interpolate(box_mean(values, tuple(factors)), positions)
-    values = (values - np.float32(low_value)) / np.float32(high_value - low_value)
+        pixels.append(np.arange(needed[-1].start, needed[-1].stop, dtype=np.float64) * scale[axis] + offset[axis])
+    raw = read_plane(image, source, tuple(needed), channel)
+    background = normalisation.at(pixels)[0] if raw.dtype.kind == "f" else np.float32(0)
+    values = interpolate(box_mean(finite_float(raw, background), tuple(factors)), positions)
+    low, difference = normalisation.at([grid.to_image(p.start, p.stop, axis) for axis, p in enumerate(inside)])
+    values = (values - low) / difference
     result[tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(inside, region, strict=True))] = values
     return result
 
 
-def finite_float(values: npt.NDArray[np.generic], background: float) -> FloatArray:
-    """As float32, with what is not finite, or beyond float32, replaced."""
+def finite_float(values: npt.NDArray[np.generic], background: Any) -> FloatArray:
+    """As float32, with what is not finite, or beyond float32, replaced by a number or one for each pixel."""
     with np.errstate(over="ignore"):
         result = values.astype(np.float32)
     if values.dtype.kind == "f":
-        result[~np.isfinite(result)] = background
+        np.copyto(result, background, where=~np.isfinite(result))
     return result
 
 
