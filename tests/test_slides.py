@@ -46,6 +46,17 @@ def test_a_block_holds_the_pixels_of_the_whole(slide, data):
     np.testing.assert_array_equal(block_labels, labels[region])
 
 
+def test_uneven_light_changes_the_picture_alone_and_is_the_same_in_a_block(slide):
+    image, labels = synthetic_slide(SHAPE, seed=3, illumination=5.0)
+    np.testing.assert_array_equal(labels, slide[1])
+    corner = np.s_[:60, :60]
+    light = 0.2 + 0.8 * (30 / SHAPE[0] + 30 / SHAPE[1]) / 2
+    assert image[corner].mean() == pytest.approx(light * slide[0][corner].mean(), rel=0.1)
+    assert image[-20:, -20:].mean() == pytest.approx(slide[0][-20:, -20:].mean(), rel=0.1)
+    region = (slice(40, 290), slice(100, 333))
+    np.testing.assert_array_equal(synthetic_slide_block(SHAPE, region, seed=3, illumination=5.0)[0], image[region])
+
+
 @pytest.mark.parametrize("diameter", [9.0, 24.0, 61.5])
 def test_pieces_leave_no_trace(monkeypatch, diameter):
     whole = synthetic_slide(SHAPE, seed=5, diameter=diameter)
@@ -142,6 +153,7 @@ def test_tiny_slides(shape):
         ({"density": 0.0}, "density of the slide is 0.0; give a part above 0"),
         ({"seed": -1}, "seed of the slide is -1; give an integer"),
         ({"dim_fraction": 1.5}, "dim_fraction of the slide is 1.5; give a part from 0 to 1"),
+        ({"illumination": 0.5}, "illumination of the slide is 0.5; give a ratio from 1"),
         ({"shape": (0, 10)}, r"shape of the slide is \(0, 10\); give two lengths"),
         ({"shape": (3, 4, 5)}, r"shape of the slide is \(3, 4, 5\); give two lengths"),
     ],

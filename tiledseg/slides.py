@@ -51,6 +51,7 @@ class _Recipe:
     density: float
     seed: int
     dim_fraction: float
+    illumination: float
 
     def __post_init__(self) -> None:
         checks = (
@@ -58,6 +59,7 @@ class _Recipe:
             ("diameter", self.diameter, 6 <= self.diameter <= 1000, "6 to 1000 pixels"),
             ("density", self.density, 0 < self.density <= 1, "a part above 0 and up to 1"),
             ("dim_fraction", self.dim_fraction, 0 <= self.dim_fraction <= 1, "a part from 0 to 1"),
+            ("illumination", self.illumination, 1 <= self.illumination <= 1000, "a ratio from 1 to 1000"),
             ("seed", self.seed, 0 <= self.seed < 2**32, f"an integer from 0 to {2**32 - 1}"),
         )
         for name, value, is_good, wanted in checks:
@@ -72,6 +74,7 @@ def synthetic_slide(
     density: float = 0.8,
     seed: int = 0,
     dim_fraction: float = 0.05,
+    illumination: float = 1.0,
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint32]]:
     """Draw a slide of fluorescent nuclei and their true labels.
 
@@ -87,6 +90,9 @@ def synthetic_slide(
         Another seed, another slide.
     dim_fraction : float
         Part of the nuclei with about a third of the brightness of the others, in [0, 1].
+    illumination : float
+        Light at the last corner of the slide over that at the first. All light, and with it the shot noise, rises
+        evenly from 1 / `illumination` of the full light at the first corner to the full light at the last.
 
     Returns
     -------
@@ -101,7 +107,7 @@ def synthetic_slide(
     SettingsError
         If a setting is out of range.
     """
-    recipe = _Recipe(tuple(shape), diameter, density, seed, dim_fraction)
+    recipe = _Recipe(tuple(shape), diameter, density, seed, dim_fraction, illumination)
     return _draw(recipe, (slice(0, shape[0]), slice(0, shape[1])))
 
 
@@ -113,6 +119,7 @@ def synthetic_slide_block(
     density: float = 0.8,
     seed: int = 0,
     dim_fraction: float = 0.05,
+    illumination: float = 1.0,
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint32]]:
     """Draw a region of the slide that :func:`synthetic_slide` would draw, with the same pixels.
 
@@ -125,7 +132,7 @@ def synthetic_slide_block(
     The first call for a slide draws all its outlines once, to number them; the numbers are kept for
     the last few slides, 12 bytes a nucleus.
     """
-    recipe = _Recipe(tuple(shape), diameter, density, seed, dim_fraction)
+    recipe = _Recipe(tuple(shape), diameter, density, seed, dim_fraction, illumination)
     rows, columns = (slice(*of_axis.indices(n)) for of_axis, n in zip(region, shape, strict=True))
     if rows.step != 1 or columns.step != 1 or rows.start >= rows.stop or columns.start >= columns.stop:
         raise SettingsError(f"region {region} holds no pixels of a slide of {shape}, or skips some.")
@@ -369,9 +376,22 @@ def _photograph(
     haze = 1 + 0.25 * np.clip(_smooth_field(recipe, _HAZE, rows, columns, 9 * recipe.diameter), -2, 3)
     inner = (slice(MARGIN, -MARGIN), slice(MARGIN, -MARGIN))
     counts = np.float32(BACKGROUND) * haze[inner] + np.float32(BRIGHT) * light[inner]
+    if recipe.illumination > 1:
+        counts *= _light(recipe, piece)
     noise = _lattice(recipe, _NOISE, piece, 1, tile=256, is_normal=True)[:, :, 0]
     counts += noise * np.sqrt(np.float32(COUNTS_PER_PHOTON) * counts + np.float32(READ_NOISE**2))
     return np.clip(np.rint(counts), 0, 65535).astype(np.uint16)
+
+
+def _light(recipe: _Recipe, piece: Region) -> Floats:
+    """Share of the full light that falls on each pixel of a piece: rises along both axes, 1 at the last corner."""
+    shares = [
+        np.arange(part.start, part.stop) / (2.0 * max(1, length - 1))
+        for part, length in zip(piece, recipe.shape, strict=True)
+    ]
+    least = 1 / recipe.illumination
+    light: Floats = (least + (1 - least) * np.add.outer(*shares)).astype(np.float32)
+    return light
 
 
 def _is_rim(owner: npt.NDArray[np.int32]) -> Bools:
