@@ -5,7 +5,8 @@ and a pair per tile draws the tiles into the result. Here percentiles are taken 
 fixed in the image, smoothed over its neighbours, and interpolated: a pixel's values depend on where it lies, and on
 nothing else.
 
-A map is made of samples: every 8th pixel of the surveyed level along each axis, kept by cells of the foreground map.
+A map is made of samples: every 8th pixel of the surveyed level along each axis, kept by cells of the foreground map,
+and for the percentiles only those cells count in which something rises above the noise.
 """
 
 from __future__ import annotations
@@ -37,14 +38,17 @@ PERCENTILES = (1.0, 99.0)
 CELL = 64
 SAMPLE_STEP = 8
 SAMPLES_PER_CELL = (CELL // SAMPLE_STEP) ** 2
-CELLS_PER_POINT = 4
-"""Lattice points are 4 cells of 64 pixels apart. At that distance some tens of cells lie round a point, enough for
-percentiles, and no more than the light of a microscope's field changes over; smaller ones follow single cells."""
 
-SMOOTHING = 1.0
-PRIOR_SAMPLES = 1.0
-NOISE_IN_RANGE = 10.0
-LEAST_SHARE = 0.02
+CELLS_PER_POINT = 2
+"""Lattice points are 2 cells of 64 pixels apart. With the smoothing, the values of a point come from some 400 pixels
+around it: dozens of nuclei of 20 to 40 pixels, and no more than light and stain change over. Points twice as far
+apart follow steep changes less well; points for each cell would follow single nuclei."""
+
+SMOOTHING = 1.0  # sigma in lattice distances
+PRIOR_SAMPLES = 1.0  # how many samples the percentiles of the whole image count for
+NOISE_IN_RANGE = 10.0  # least difference in standard deviations of the noise nearby
+LEAST_SHARE = 0.05  # least difference, as a share of the whole image's
+BAND = 32  # rows of cells read at once, a row of regions: chunks of samples are read once
 
 
 class Normalisation(Protocol):
@@ -142,14 +146,15 @@ def range_map(
 ) -> FloatArray:
     """Low and difference at the points of the lattice.
 
-    Each point has the percentiles of the samples in its own 4 x 4 cells, as far as they are counted. They are
+    Each point has the percentiles of the samples in its own 2 x 2 cells, as far as they are counted. They are
     smoothed with a Gaussian of one lattice distance, weighted by the number of samples, and lean on those of the whole
-    image where hardly any sample is near.
+    image where hardly any sample is near. So that noise and faint haze do not become cells, the difference is nowhere
+    smaller than 10 times the noise nearby, or 1/20 of that of the whole image.
 
     Parameters
     ----------
     samples : array of float32, shape (cells y, cells x, n), in memory or on disk
-        From `sample_cells`; read by rows of lattice points.
+        From `sample_cells`; read in bands of 32 rows of cells.
     noise : array of float32, shape (cells y, cells x)
         Standard deviation of the noise in each cell.
     is_counted : array of bool, shape (cells y, cells x)
@@ -163,16 +168,16 @@ def range_map(
 
     Notes
     -----
-    Holds some 40 bytes for every lattice point (6 MB for a slide of 100 000 x 100 000 pixels) and one row of them
-    with its samples (7 MB there).
+    Holds some 100 bytes for every lattice point (60 MB for a slide of 100 000 x 100 000 pixels) and one band with
+    its samples (50 MB there).
     """
     from scipy.ndimage import gaussian_filter
 
     found = np.concatenate(
         [
-            _row_of_points(samples[rows], noise[rows], is_counted[rows])
-            for start in range(0, is_counted.shape[0], CELLS_PER_POINT)
-            for rows in [slice(start, start + CELLS_PER_POINT)]
+            _rows_of_points(np.asarray(samples[start : start + BAND]), noise[start : start + BAND], counted)
+            for start in range(0, len(is_counted), BAND)
+            for counted in [is_counted[start : start + BAND]]
         ],
         axis=1,
     )
@@ -189,37 +194,43 @@ def range_map(
     return np.stack([smooth_low, np.maximum(smooth_high - smooth_low, least)]).astype(np.float32)
 
 
-def _row_of_points(
+def _rows_of_points(
     samples: FloatArray, noise: FloatArray, is_counted: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.float64]:
-    """Number of samples, percentiles and noise of one row of lattice points, shape (4, 1, points)."""
-    n_points = -(-samples.shape[1] // CELLS_PER_POINT)
-    missing = n_points * CELLS_PER_POINT - samples.shape[1]
-    values = np.where(is_counted[..., None], samples, np.float32(np.nan))
-    values = np.pad(values, ((0, 0), (0, missing), (0, 0)), constant_values=np.nan)
-    levels = np.pad(np.where(is_counted, noise, np.float32(np.nan)), ((0, 0), (0, missing)), constant_values=np.nan)
-    low, high = _percentiles_of_rows(_by_point(values, n_points), PERCENTILES)
-    (middle,) = _percentiles_of_rows(_by_point(levels, n_points), (50.0,))
-    counts = np.isfinite(_by_point(values, n_points)).sum(axis=1)
-    return np.stack([counts.astype(np.float64), low, high, middle])[:, None]
+    """Number of samples, percentiles and noise of some rows of lattice points, shape (4, rows, points)."""
+    values = _by_point(np.where(is_counted[..., None], samples, np.float32(np.nan)))
+    (low, high), counts = _percentiles_of_rows(values, PERCENTILES)
+    noises = _by_point(np.where(is_counted, noise, np.float32(np.nan))[..., None])
+    (middle,), _ = _percentiles_of_rows(noises, (50.0,))
+    return np.stack([counts.astype(np.float64), low, high, middle])
 
 
-def _by_point(values: FloatArray, n_points: int) -> FloatArray:
-    """Values by cell, shape (cells y, cells x, ...), as one row for each lattice point."""
-    of_point = values.reshape(values.shape[0], n_points, CELLS_PER_POINT, -1).swapaxes(0, 1)
-    return of_point.reshape(n_points, -1)
+def _by_point(values: FloatArray) -> FloatArray:
+    """Values by cell, shape (cells y, cells x, n), as values by point; NaN for cells outside the image."""
+    size = CELLS_PER_POINT
+    values = np.pad(values, [(0, -n % size) for n in values.shape[:2]] + [(0, 0)], constant_values=np.nan)
+    rows, columns = (n // size for n in values.shape[:2])
+    return values.reshape(rows, size, columns, size, -1).swapaxes(1, 2).reshape(rows, columns, -1)
 
 
-def _percentiles_of_rows(rows: FloatArray, percentiles: tuple[float, ...]) -> list[npt.NDArray[np.float64]]:
-    """Percentiles of each row without its NaN, by linear interpolation; 0 for rows that have nothing else."""
-    ordered = np.sort(rows, axis=1).astype(np.float64)  # NaN goes last
-    last = np.isfinite(ordered).sum(axis=1) - 1
-    ordered[last < 0] = 0
+def _percentiles_of_rows(
+    values: FloatArray, percentiles: tuple[float, ...]
+) -> tuple[list[npt.NDArray[np.float64]], npt.NDArray[np.int64]]:
+    """Percentiles along the last axis without NaN, by linear interpolation, and how many values are left.
+
+    0 where there is no value.
+    """
+    ordered = np.sort(values, axis=-1)  # NaN goes last
+    counts = np.isfinite(ordered).sum(axis=-1)
+    ordered[counts == 0] = 0
+    last = np.maximum(counts - 1, 0)
     found = []
     for percentile in percentiles:
-        at = np.maximum(last, 0) * (percentile / 100)
+        at = last * (percentile / 100)
         below = at.astype(np.int64)
-        above = np.minimum(below + 1, np.maximum(last, 0))
-        first, second = (np.take_along_axis(ordered, index[:, None], axis=1)[:, 0] for index in (below, above))
+        first, second = (
+            np.take_along_axis(ordered, index[..., None], axis=-1)[..., 0].astype(np.float64)
+            for index in (below, np.minimum(below + 1, last))
+        )
         found.append(first + (second - first) * (at - below))
-    return found
+    return found, counts
