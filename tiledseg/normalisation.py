@@ -47,7 +47,7 @@ apart follow steep changes less well; points for each cell would follow single n
 SMOOTHING = 1.0  # sigma in lattice distances
 PRIOR_SAMPLES = 1.0  # how many samples the percentiles of the whole image count for
 NOISE_IN_RANGE = 10.0  # least difference in standard deviations of the noise nearby
-LEAST_SHARE = 0.05  # least difference, as a share of the whole image's
+LEAST_SHARE = 0.2  # least difference, as a share of the whole image's
 BAND = 32  # rows of cells read at once, a row of regions: chunks of samples are read once
 
 
@@ -149,7 +149,7 @@ def range_map(
     Each point has the percentiles of the samples in its own 2 x 2 cells, as far as they are counted. They are
     smoothed with a Gaussian of one lattice distance, weighted by the number of samples, and lean on those of the whole
     image where hardly any sample is near. So that noise and faint haze do not become cells, the difference is nowhere
-    smaller than 10 times the noise nearby, or 1/20 of that of the whole image.
+    smaller than 10 times the noise nearby, or a fifth of that of the whole image.
 
     Parameters
     ----------
