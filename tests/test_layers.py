@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "tiledseg"
 
 ROWS = [
     {"errors", "images.damage", "images.units"},
-    {"axes", "cores", "lerp", "overlaps", "networks.unet"},
+    {"axes", "cores", "foreground", "lerp", "overlaps", "networks.unet"},
     {"objects", "particles"},
     {"heat"},
     {"gpu"},

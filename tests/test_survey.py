@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiledseg
+from tiledseg.foreground import foreground_map
 from tiledseg.omezarr import write_image
-from tiledseg.survey import foreground_map, process_block
+from tiledseg.survey import process_block
 
 from .conftest import Slide
 

@@ -25,6 +25,7 @@ from .cluster import Executor, peak_memory
 from .config import MasksConfig
 from .dynamics import compute_masks
 from .errors import ImageError, ModelError
+from .foreground import foreground_map
 from .grid import Region, WorkingGrid
 from .images import Image
 from .job import Diameter, Job, Surveyed
@@ -46,11 +47,6 @@ MARGIN = 16
 MAX_SAMPLES = 2**22
 LARGE_IMAGE = 2**28
 COARSEST = 4.0
-
-# What is left of white noise after means over 4 x 4 pixels and a Gaussian of one such mean.
-NOISE_LEFT = 0.0705
-RANGE_IN_NOISE = 12.0
-RANGE_IN_CONTRAST = 0.005
 
 WINDOWS_PER_AXIS = 6
 GUESS_WINDOWS_PER_AXIS = 3
@@ -260,36 +256,6 @@ def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
     unknown = Diameter(job.model.diam_mean, "default", (job.model.diam_mean,) * 2)
     n_nonfinite = int(facts[:, 0].sum())
     return Surveyed((low, high), is_constant, n_nonfinite, cell, fraction, unknown, pitch)
-
-
-def foreground_map(statistics: FloatArray, contrast: float, reach: int = 1) -> npt.NDArray[np.bool_]:
-    """Cells of the map in or beside which something rises above the noise.
-
-    A cell is empty if the smoothed values in it and around it span less than what noise alone
-    does. The noise of the image is that of its quietest cells, so that dense tissue does not
-    count as noise; gradients and correlated noise make more foreground, never less.
-
-    Parameters
-    ----------
-    statistics : array of float32, shape (3, cells y, cells x)
-        From `process_block`.
-    contrast : float
-        Difference of the percentiles: what spans less than 1/200 of it is invisible to the network.
-    reach : int
-        How many cells around a cell count with it.
-
-    Returns
-    -------
-    is_foreground : array of bool, shape (cells y, cells x)
-    """
-    from scipy.ndimage import maximum_filter, minimum_filter
-
-    size = 2 * reach + 1
-    span = maximum_filter(statistics[1], size, mode="nearest") - minimum_filter(statistics[0], size, mode="nearest")
-    noise = float(np.percentile(statistics[2], 5))
-    threshold = max(RANGE_IN_NOISE * NOISE_LEFT * noise, RANGE_IN_CONTRAST * contrast)
-    result: npt.NDArray[np.bool_] = span > threshold
-    return result
 
 
 def _find_diameter(job: Job, found: Surveyed, executor: Executor, progress: Progress) -> Diameter:
