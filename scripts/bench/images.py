@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +34,11 @@ class LazySlide:
 
     shape: tuple[int, int]
     diameter: float = DIAMETER
-    dtype: Any = np.dtype(np.uint16)
+
+    @property
+    def dtype(self) -> np.dtype[np.uint16]:
+        """Of a synthetic slide."""
+        return np.dtype(np.uint16)
 
     def __getitem__(self, region: tuple[slice, slice]) -> npt.NDArray[np.uint16]:
         return synthetic_slide_block(self.shape, region, diameter=self.diameter)[0]

@@ -25,15 +25,15 @@ class Target:
         The figure, and what it is held against.
     at_least : bool
         Whether the limit is a lower one.
-    is_timed : bool
-        Whether the figure comes from a clock or a memory gauge: at toy size those say nothing.
+    needs_size : bool
+        Whether the figure (a time, a memory, a share of few objects) says nothing at toy size.
     """
 
     name: str
     value: float
     limit: float
     at_least: bool = True
-    is_timed: bool = True
+    needs_size: bool = True
 
     @property
     def is_met(self) -> bool:
@@ -82,7 +82,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the arguments that every benchmark has."""
     lines = (description or "").strip().splitlines()
     made = argparse.ArgumentParser(description=lines[0] if lines else None)
-    made.add_argument("--toy", action="store_true", help="sizes of seconds: times and memory are not judged")
+    made.add_argument("--toy", action="store_true", help="small sizes, at which most targets are not judged")
     made.add_argument("--save", type=Path, metavar="FILE", help="also write rows and targets as JSON")
     return made
 
@@ -106,7 +106,7 @@ def finish(targets: Sequence[Target], rows: Sequence[Mapping[str, Any]], *, toy:
     is_good = True
     print()
     for target in targets:
-        is_judged = not (toy and target.is_timed)
+        is_judged = not (toy and target.needs_size)
         verdict = ("met" if target.is_met else "MISSED") if is_judged else "not judged at toy size"
         is_good &= target.is_met or not is_judged
         sign = ">=" if target.at_least else "<="
