@@ -1,0 +1,99 @@
+"""Memory as the image grows: the most a worker and the client had resident, from 4096² to 32768² pixels.
+
+    python scripts/bench/scale.py [--max 32768] [--toy] [--save FILE]
+
+The slide is one synthetic piece of 2048² pixels laid side by side, written chunk by chunk: every block of every
+size then holds the same cells at the same density, and size is all that changes. Nuclei are 68 pixels wide,
+so that the network's grid is a quarter of the image and it sees a sixteenth of the tiles; what follows the
+network (masks, stitch, publish) works at full size on blocks of 1024 pixels, all of them full. There are two
+workers of one thread each, so that a worker's peak does not depend on which blocks meet in it. 4096² has
+16 such blocks, four of them with a halo on every side.
+
+A worker's peak must stay within 10 % of that at 4096², the client (with the scheduler in it) must grow by
+less than 200 MiB. The last column is what `tiledseg.preflight` foresees for a worker, where it exists.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from images import RepeatedSlide
+from report import Table, Target, finish, parser, save
+from runs import run_tiledseg
+
+from tiledseg.dynamics import warm_up
+from tiledseg.omezarr import write_image
+from tiledseg.slides import synthetic_slide
+
+DIAMETER = 68
+BLOCK = 1024
+PIECE = 2048
+WORKERS = 2
+SMALLEST = 4096
+GROWTH_LIMIT = 1.10
+CLIENT_LIMIT_MIB = 200.0
+MIB = 2**20
+COLUMNS = {"size": 12, "blocks": 8, "objects": 9, "seconds": 9, "worker MiB": 12, "client MiB": 12, "foreseen MiB": 14}
+
+
+def measure(folder: Path, slide: RepeatedSlide, block: int) -> dict[str, Any]:
+    """Segment a slide in a process of its own with two workers; a row of the table."""
+    path = folder / "slide.ome.zarr"
+    write_image(path, slide, axes="yx", spacing_um=(0.25, 0.25))
+    options = {"diameter": DIAMETER, "block": block, "workers": WORKERS}
+    measured, report = run_tiledseg(folder, path, options, cores=WORKERS)
+    row = {
+        "size": f"{slide.shape[0]}²",
+        "seconds": measured.seconds,
+        "worker MiB": max(measured.child_peaks, default=0) / MIB,
+        "client MiB": measured.root_peak / MIB,
+    }
+    if not report:
+        last = (measured.log.strip().splitlines() or ["it printed nothing"])[-1]
+        return {**row, "note": f"failed ({measured.code}): {last[:150]}"}
+    counts = {"blocks": report["n_blocks"], "objects": report["n_objects"]}
+    stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["seconds"].items())
+    return {**row, **counts, "note": stages}
+
+
+def targets_of(rows: list[dict[str, Any]]) -> list[Target]:
+    """What the largest size is held against, beside the smallest."""
+    first, last = rows[0], rows[-1]
+    failed = sum("objects" not in row for row in rows)
+    growth = last["worker MiB"] / first["worker MiB"]
+    return [
+        Target("sizes at which the run failed", failed, 0, at_least=False, needs_size=False),
+        Target(f"worker's peak at {last['size']} over {first['size']}", growth, GROWTH_LIMIT, at_least=False),
+        Target(
+            f"MiB the client grew from {first['size']} to {last['size']}",
+            last["client MiB"] - first["client MiB"],
+            CLIENT_LIMIT_MIB,
+            at_least=False,
+        ),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, judge; returns the exit code."""
+    made = parser(__doc__)
+    made.add_argument("--max", type=int, default=32768, metavar="PX", help="the largest side; from 4096 it doubles")
+    options = made.parse_args(arguments)
+    smallest, largest, block, piece = (512, 1024, 256, 512) if options.toy else (SMALLEST, options.max, BLOCK, PIECE)
+    warm_up()
+    pixels, _ = synthetic_slide((piece, piece), diameter=DIAMETER)
+    table = Table(COLUMNS)
+    side = smallest
+    while side <= largest:
+        # Gone before the next: a slide, its flows and its labels are some gigabytes at the largest size.
+        with tempfile.TemporaryDirectory(prefix="tiledseg-bench-") as folder:
+            table.add(measure(Path(folder), RepeatedSlide(pixels, (side, side)), block))
+        save(options.save, table.rows)
+        side *= 2
+    return finish(targets_of(table.rows), table.rows, toy=options.toy, path=options.save)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
