@@ -76,3 +76,30 @@ def smooth_noise(shape: tuple[int, ...], sigma: float, size: float, seed: int) -
     noise = np.random.default_rng(seed).standard_normal((2, *shape))
     smooth = np.stack([gaussian_filter(axis, sigma) for axis in noise])
     return (smooth * (size / smooth.std())).astype(np.float32)
+
+
+def logits(labels: npt.NDArray[np.integer[Any]], size: float = 3.0) -> npt.NDArray[np.float32]:
+    """A cellprob that is sure of the drawn cells."""
+    return np.where(labels > 0, size, -size).astype(np.float32)
+
+
+def sides(block: int, max_side: int) -> st.SearchStrategy[int]:
+    """Lengths of an axis cut into blocks: any, one pixel more than whole blocks, whole blocks, a single pixel."""
+    whole = list(range(block, max_side, block))
+    return st.one_of(
+        st.integers(1, max_side),
+        st.sampled_from([n + 1 for n in whole] or [max_side]),
+        st.sampled_from([*whole, 1]),
+    )
+
+
+@st.composite
+def crowds(draw: Any, shape: tuple[int, int], diameter: float) -> Labels:
+    """Ellipses of about a diameter, from a few to as many as fit, perhaps none in half of the image."""
+    n_tries = draw(st.sampled_from([0, 3, 30, 200]))
+    labels = ellipses(shape, diameter, n_tries, draw(seeds))
+    axis, is_halved = draw(st.integers(0, 1)), draw(st.booleans())
+    if is_halved:
+        half = np.moveaxis(labels, axis, 0)
+        half[: half.shape[0] // 2] = 0
+    return numbered(labels)

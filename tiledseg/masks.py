@@ -103,9 +103,9 @@ def _values_of(job: Job, region: Region) -> tuple[FloatArray, list[npt.NDArray[n
 def _labels_of(job: Job, block: Block) -> tuple[LabelArray, Block, int]:
     """Labels of a block with its halo, the block with the halo it took, and the objects that cut.
 
-    Whether an object is cut is asked before any is dropped: one that is cut off disagrees with the
-    flow and might be dropped for that alone. With an automatic halo the block is then seen with a
-    larger one.
+    Whether an object is cut is asked, and counted, before any is dropped: one that is cut off disagrees
+    with the flow and might be dropped for that alone. With an automatic halo the block is then seen
+    with a larger one.
     """
     grid, masks = job.blocks, job.settings.masks
     for growth in HALO_GROWTHS if masks.halo == "auto" else HALO_GROWTHS[:1]:
@@ -113,13 +113,13 @@ def _labels_of(job: Job, block: Block) -> tuple[LabelArray, Block, int]:
         values, nearest = _values_of(job, grown.padded)
         with idle_device(job.device) as device:
             gathered = process_block(values, masks, job.niter, device)
-        if _cut_by_halo(_at_pixels(gathered, nearest), grown, grid.shape).size == 0:
+        n_cut = _cut_by_halo(_at_pixels(gathered, nearest), grown, grid.shape).size
+        if n_cut == 0:
             break
     # Without resampling objects are measured on the network's grid.
     min_size = masks.min_size if nearest is None else round(masks.min_size * float(np.prod(job.working.scale)))
     finished = finish_masks(gathered, values[:-1], flow_threshold=masks.flow_threshold, min_size=min_size, cores=CORES)
-    labels = _at_pixels(finished, nearest)
-    return labels, grown, _cut_by_halo(labels, grown, grid.shape).size
+    return _at_pixels(finished, nearest), grown, n_cut
 
 
 def _at_pixels(labels: Any, nearest: list[npt.NDArray[np.int64]] | None) -> Any:
