@@ -180,14 +180,16 @@ def test_remainders_of_one_pixel(data: st.DataObject, block: int, n_whole: tuple
 
 
 @settings(max_examples=60, derandomize=True)
-@given(label_fields(max_side=70), blocks)
-def test_one_answer_for_objects_of_any_shape_and_size(field: Labels, block: int) -> None:
-    case = Case.of(field)
-    whole, _ = labelled(case, max(16, *field.shape), niter=200)
-    parts, facts = labelled(case, block, niter=200)
-    if facts["n_cut_by_halo"] == 0:
-        np.testing.assert_array_equal(parts, whole)
-        assert facts["n_exact_pairs"] == facts["n_pairs"]
+@given(label_fields(min_side=34, max_side=70), st.integers(16, 34), st.sampled_from([HALO, "auto"]), seeds)
+def test_objects_of_any_size_are_exact_or_reported(field: Labels, block: int, halo: int | str, seed: int) -> None:
+    case = Case.of(field, noise=0.1 * (seed % 3), seed=seed // 2)
+    whole, _ = labelled(case, 70, halo=halo)
+    parts, facts = labelled(case, block, halo=halo)
+    is_reported = facts["n_cut_by_halo"] > 0
+    assert is_reported or np.array_equal(parts, whole)
+    assert is_reported or facts["n_exact_pairs"] == facts["n_pairs"]
+    # The automatic halo grows to eight diameters, as much as the longest of these objects.
+    assert not (is_reported and halo == "auto")
 
 
 @settings(max_examples=30, derandomize=True)
