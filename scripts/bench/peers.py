@@ -73,7 +73,7 @@ def targets_of(rows: Sequence[dict[str, Any]]) -> list[Target]:
 
 def examples(chosen: Sequence[str], toy: bool) -> list[Example]:
     """The images to measure on."""
-    makers = {"synthetic": lambda: synthetic(1024 if toy else 4096), "mosaic": lambda: mosaic(1024 if toy else None)}
+    makers = {"synthetic": lambda: synthetic(512 if toy else 4096), "mosaic": lambda: mosaic(512 if toy else None)}
     return [makers[name]() for name in chosen]
 
 
@@ -84,11 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--patchworks-python", type=Path, metavar="PATH", help="interpreter with patchworks")
     made.add_argument("--images", nargs="+", choices=("synthetic", "mosaic"), default=("synthetic", "mosaic"))
     made.add_argument("--who", nargs="+", choices=WHO, default=WHO, help="tiledseg and which peers")
-    made.add_argument("--block", type=int, metavar="PX", help="of all that have blocks (default 1024, toy 512)")
+    made.add_argument("--block", type=int, metavar="PX", help="of all that have blocks (default 1024, toy 256)")
     made.add_argument("--cores", type=int, default=2, metavar="N", help="cores of each")
     options = made.parse_args(arguments)
     pythons = {"cellpose": options.cellpose_python, "patchworks": options.patchworks_python}
-    block = options.block or (512 if options.toy else 1024)
+    block = options.block or (256 if options.toy else 1024)
     table = Table(COLUMNS)
     with tempfile.TemporaryDirectory(prefix="tiledseg-bench-") as folder:
         for example in examples(options.images, options.toy):
