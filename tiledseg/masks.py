@@ -118,7 +118,11 @@ def _labels_of(job: Job, block: Block) -> tuple[LabelArray, Block, int]:
             break
     # Without resampling objects are measured on the network's grid.
     min_size = masks.min_size if nearest is None else round(masks.min_size * float(np.prod(job.working.scale)))
-    finished = finish_masks(gathered, values[:-1], flow_threshold=masks.flow_threshold, min_size=min_size, cores=CORES)
+    threshold = masks.flow_threshold
+    with idle_device(job.device) as device:
+        finished = finish_masks(
+            gathered, values[:-1], flow_threshold=threshold, min_size=min_size, cores=CORES, device=device
+        )
     return _at_pixels(finished, nearest), grown, n_cut
 
 
