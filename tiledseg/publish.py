@@ -28,7 +28,7 @@ from .job import Job
 from .objects import measure_objects
 from .omezarr import finish_labels, level_array
 from .progress import Progress
-from .working import plane_region
+from .working import read_channels
 
 __all__ = ["process_block", "run", "table_of"]
 
@@ -95,7 +95,7 @@ def paint_region(position: int, job: Job) -> dict[str, Any]:
     array, plane, regions = _level(job, 0)
     region = regions[position]
     local, ids = _region_labels(job, region)
-    intensities = _all_channels(job, region) if ids.size else np.zeros((job.image.n_channels, *local.shape))
+    intensities = read_channels(job.image, region) if ids.size else np.zeros((job.image.n_channels, *local.shape))
     array[(*plane, *region)] = np.concatenate([np.zeros(1, np.uint32), ids])[local]
     origin = tuple(p.start for p in region)
     job.store.save(f"{job.labels}/measured/{position}", process_block(local, intensities, ids, origin))
@@ -118,15 +118,6 @@ def _region_labels(job: Job, region: Region) -> tuple[npt.NDArray[np.int32], npt
         numbers = np.where(ids > 0, np.searchsorted(known, ids) + 1, 0).astype(np.int32)
         labels[shift(shared, tuple(p.start for p in region))] = np.concatenate([np.zeros(1, np.int32), numbers])[local]
     return labels, known
-
-
-def _all_channels(job: Job, region: Region) -> npt.NDArray[Any]:
-    """Every channel of a region of level 0, channels first."""
-    image = job.image
-    values = image.read(0, plane_region(image, region, None))
-    where = image.axes.index("c") if "c" in image.axes else None
-    values = values[None] if where is None else np.moveaxis(values, where, 0)
-    return values.reshape((image.n_channels, *(p.stop - p.start for p in region)))
 
 
 def shrink_region(position: int, job: Job, level: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from .cluster import Executor, peak_memory
 from .config import MasksConfig
 from .dynamics import compute_masks
-from .errors import ImageError, ModelError
+from .errors import ModelError
 from .foreground import foreground_map
 from .grid import Region, WorkingGrid
 from .images import Image
@@ -32,7 +32,7 @@ from .job import Diameter, Job, Surveyed
 from .networks.runner import load_network
 from .normalisation import CELL, CELLS_PER_POINT, SAMPLES_PER_CELL, percentiles_of, range_map, sample_cells
 from .progress import Progress
-from .working import box_mean, finite_float, plane_axes, plane_region, plane_shape, read_plane, read_tile
+from .working import box_mean, finite_float, plane_axes, plane_shape, read_plane, read_tile, refuse_missing
 
 __all__ = ["measure_window", "process_block", "run"]
 
@@ -149,7 +149,7 @@ def survey_region(number: int, job: Job) -> dict[str, Any]:
     sampling = _Sampling(job.image)
     region = sampling.region(number)
     if job.settings.survey.missing_chunks == "refuse":
-        _refuse_missing(job.image, sampling.level, region, job.channel)
+        refuse_missing(job.image, sampling.level, region, job.channel)
     wide = tuple(
         slice(max(0, p.start - MARGIN), min(n, p.stop + MARGIN)) for p, n in zip(region, sampling.shape, strict=True)
     )
@@ -170,15 +170,6 @@ def survey_region(number: int, job: Job) -> dict[str, Any]:
     extremes = values[core]
     job.store.save(f"survey.zarr/facts-{number}", np.array([n_nonfinite, extremes.min(), extremes.max()], np.float64))
     return {"peak": peak_memory()}
-
-
-def _refuse_missing(image: Image, level: int, region: Region, channel: int) -> None:
-    missing = image.missing_chunks(level, plane_region(image, region, channel))
-    if missing:
-        raise ImageError(
-            f"chunk {missing[0]} of {image.name} is missing ({len(missing)} in this region); restore it, or if the "
-            "image was written without its empty chunks, add --missing-chunks fill."
-        )
 
 
 def run(job: Job, executor: Executor, progress: Progress) -> Surveyed:

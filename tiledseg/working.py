@@ -17,7 +17,15 @@ from .grid import Index, Region, WorkingGrid, interpolate, linear_weights
 from .images import Image, Level
 from .normalisation import Normalisation
 
-__all__ = ["plane_axes", "plane_region", "plane_shape", "read_plane", "read_tile"]
+__all__ = [
+    "plane_axes",
+    "plane_region",
+    "plane_shape",
+    "read_channels",
+    "read_plane",
+    "read_tile",
+    "refuse_missing",
+]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -55,6 +63,30 @@ def read_plane(image: Image, level: int, region: Region, channel: int) -> npt.ND
     """One channel of a region of a level, shape of the region."""
     values = image.read(level, plane_region(image, region, channel))
     return values.reshape(tuple(part.stop - part.start for part in region))
+
+
+def read_channels(image: Image, region: Region) -> npt.NDArray[np.generic]:
+    """Every channel of a region of level 0, channels first; one if the image has no such axis."""
+    values = image.read(0, plane_region(image, region, None))
+    if "c" in image.axes:
+        values = np.moveaxis(values, image.axes.index("c"), 0)
+    return values.reshape((image.n_channels, *(part.stop - part.start for part in region)))
+
+
+def refuse_missing(image: Image, level: int, region: Region, channel: int | None) -> None:
+    """Refuse a region of which chunks are not stored.
+
+    Raises
+    ------
+    ImageError
+        If there are any; it names the first.
+    """
+    missing = image.missing_chunks(level, plane_region(image, region, channel))
+    if missing:
+        raise ImageError(
+            f"chunk {missing[0]} of {image.name} is missing ({len(missing)} in this region); restore it, or if the "
+            "image was written without its empty chunks, add --missing-chunks fill."
+        )
 
 
 def _level_scale(image: Image, level: Level) -> tuple[tuple[float, ...], tuple[float, ...]]:
