@@ -20,7 +20,7 @@ ROWS = [
     {"images.assembly", "omezarr.writer"},
     {"images.from_zarr", "images.from_tiff"},
     {"images"},
-    {"omezarr.labels", "working", "cluster", "networks.models"},
+    {"omezarr.labels", "working", "cluster", "networks.models", "segmenters"},
     {"omezarr", "networks", "networks.runner"},
     {"job"},
     {"survey", "flows", "masks", "stitch", "publish"},
@@ -31,6 +31,7 @@ ROWS = [
 ]
 HOMES = {
     "numba": {"dynamics", "heat", "lerp", "objects", "particles"},
+    "cloudpickle": {"segmenters"},
     "distributed": {"cluster"},
     "tifffile": {"images.from_tiff"},
     "torch": {"gpu", "networks.unet", "networks.runner", "cluster"},

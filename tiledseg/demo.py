@@ -147,5 +147,8 @@ def _slide(folder: Path, side: int, progress: Listener | None, tell: Callable[[s
 
 
 def _diameter(found: Segmentation) -> str:
-    low, high = found.report.diameter.quartiles
-    return f"{found.report.diameter.value:.1f} px (quartiles {low:.1f} and {high:.1f})"
+    diameter = found.report.diameter
+    if diameter is None:
+        return "none"
+    low, high = diameter.quartiles
+    return f"{diameter.value:.1f} px (quartiles {low:.1f} and {high:.1f})"

@@ -10,6 +10,7 @@ __all__ = [
     "ImageError",
     "ModelError",
     "OutputError",
+    "SegmenterError",
     "SettingsError",
     "TiledsegError",
 ]
@@ -37,6 +38,10 @@ class DeviceError(TiledsegError, RuntimeError):
 
 class OutputError(TiledsegError, OSError):
     """The result cannot be written where it was asked for."""
+
+
+class SegmenterError(TiledsegError, RuntimeError):
+    """A function given as segmenter failed, or returned something else than labels."""
 
 
 class ClusterError(TiledsegError, RuntimeError):

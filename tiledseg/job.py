@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .config import Settings
+from .errors import SettingsError
 from .grid import BlockGrid, Index, Lattice, Region, WorkingGrid
 from .images import Image
 from .networks.models import Model
 from .normalisation import LocalRange, Normalisation, WholeRange
 from .omezarr import LabelsPlan
+from .segmenters import Segmenter
 from .store import Store
 from .working import plane_shape
 
@@ -25,10 +27,14 @@ CELLPROB_FLOOR = -8.0
 HALO_DIAMETERS = 2.0
 
 
-def halo_of(settings: Settings, diameter: float) -> int:
-    """Pixels read around a block for cells of this diameter."""
+def halo_of(settings: Settings, diameter: float | None) -> int:
+    """Pixels read around a block for cells of this diameter, which need not be known if a halo is given."""
     halo = settings.masks.halo
-    return math.ceil(HALO_DIAMETERS * diameter) if halo == "auto" else int(halo)
+    if halo != "auto":
+        return int(halo)
+    if diameter is None:
+        raise SettingsError("an automatic halo needs a diameter; give either.")
+    return math.ceil(HALO_DIAMETERS * diameter)
 
 
 @dataclass(frozen=True)
@@ -108,9 +114,10 @@ class Job:
     channel : int
         The channel to segment.
     settings : Settings
-    model : Model
+    labeller : Model or Segmenter
+        What finds cells: a network, with all five stages, or a function, with masks, stitch and publish.
     device : str
-        ``"cpu"`` or ``"cuda"``, the same for all tasks.
+        ``"cpu"`` or ``"cuda"``, the same for all tasks of the network.
     store : Store
         The scratch.
     labels : str
@@ -120,13 +127,13 @@ class Job:
     table : Path or None
         Where the object table goes.
     surveyed : Surveyed or None
-        None until the survey is done.
+        None until the survey is done, and where a function finds cells.
     """
 
     image: Image
     channel: int
     settings: Settings
-    model: Model
+    labeller: Model | Segmenter
     device: str
     store: Store
     labels: str = ""
@@ -138,6 +145,26 @@ class Job:
     def shape(self) -> Index:
         """Shape of level 0 along the axes cells extend along."""
         return plane_shape(self.image)
+
+    @property
+    def model(self) -> Model:
+        """The network; only stages that run it need it."""
+        if not isinstance(self.labeller, Model):
+            raise RuntimeError("labels are made by a function, there is no network")
+        return self.labeller
+
+    @property
+    def segmenter(self) -> Segmenter | None:
+        """The function that makes labels, None if a network does."""
+        return self.labeller if isinstance(self.labeller, Segmenter) else None
+
+    @property
+    def diameter(self) -> Diameter | None:
+        """As surveyed; with a function the one that was given, None if there was none."""
+        if self.segmenter is None:
+            return self.found.diameter
+        given = self.settings.survey.diameter_px(self.image.spacing_um())
+        return None if given is None else Diameter(given, "given", (given, given))
 
     @property
     def found(self) -> Surveyed:
@@ -167,7 +194,7 @@ class Job:
     @property
     def halo(self) -> int:
         """Pixels read around a block."""
-        return halo_of(self.settings, self.found.diameter.value)
+        return halo_of(self.settings, None if self.diameter is None else self.diameter.value)
 
     @property
     def blocks(self) -> BlockGrid:
@@ -184,7 +211,10 @@ class Job:
         return max(1, round(200 / min(self.working.scale))) if masks.resample else 200
 
     def may_hold_cells(self, region: Region) -> bool:
-        """Whether the survey saw anything in a region of level 0, given in its pixels."""
+        """Whether the survey saw anything in a region of level 0, given in its pixels; a function
+        is asked everywhere."""
+        if self.segmenter is not None:
+            return True
         found = self.found
         if found.is_constant:
             return False

@@ -1,7 +1,7 @@
-"""Stage 3: from flows to the cells of every block.
+"""Stage 3: from flows, or with a function from pixels, to the cells of every block.
 
 Reads
-    ``flows.zarr`` under a block and its halo.
+    ``flows.zarr`` under a block and its halo; with a function the image there.
 Writes
     ``<labels>/labels.zarr``: local labels of the padded block, only of objects that reach into the
     core; ``<labels>/objects/<block>``: how many objects the halo cut, whether the block was skipped,
@@ -12,6 +12,7 @@ Parallel over
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from .gpu import idle_device
 from .grid import Block, Region, interpolate, samples_needed
 from .job import CELLPROB_FLOOR, Job
 from .progress import Progress
+from .segmenters import Segmenter, drop_small
+from .working import plane_axes, read_channels, read_plane, refuse_missing
 
 __all__ = ["label_block", "process_block", "read_flows", "run"]
 
@@ -108,8 +111,7 @@ def _labels_of(job: Job, block: Block) -> tuple[LabelArray, Block, int]:
     with a larger one.
     """
     grid, masks = job.blocks, job.settings.masks
-    for growth in HALO_GROWTHS if masks.halo == "auto" else HALO_GROWTHS[:1]:
-        grown = grid.at(block.index, tuple(h * growth for h in grid.halo))
+    for grown in _growing(job, block):
         values, nearest = _values_of(job, grown.padded)
         with idle_device(job.device) as device:
             gathered = process_block(values, masks, job.niter, device)
@@ -124,6 +126,33 @@ def _labels_of(job: Job, block: Block) -> tuple[LabelArray, Block, int]:
             gathered, values[:-1], flow_threshold=threshold, min_size=min_size, cores=CORES, device=device
         )
     return _at_pixels(finished, nearest), grown, n_cut
+
+
+def _growing(job: Job, block: Block) -> Iterator[Block]:
+    """The block with its halo, then with larger ones if the halo is automatic."""
+    grid = job.blocks
+    for growth in HALO_GROWTHS if job.settings.masks.halo == "auto" else HALO_GROWTHS[:1]:
+        yield grid.at(block.index, tuple(h * growth for h in grid.halo))
+
+
+def _labels_by_function(job: Job, segmenter: Segmenter, block: Block) -> tuple[LabelArray, Block, int]:
+    """As `_labels_of`, by a function of the pixels."""
+    image, shape = job.image, job.shape
+    for grown in _growing(job, block):
+        if job.settings.survey.missing_chunks == "refuse":
+            refuse_missing(image, 0, grown.padded, None if segmenter.takes_all_channels else job.channel)
+        if segmenter.takes_all_channels:
+            pixels = read_channels(image, grown.padded)
+        else:
+            pixels = read_plane(image, 0, grown.padded, job.channel)
+        if not image.is_shippable:
+            pixels = pixels.copy()  # the function may write into it, and this may be the caller's own array
+        region = ", ".join(f"{a} {p.start}:{p.stop}" for a, p in zip(plane_axes(image), grown.padded, strict=True))
+        labels = segmenter.label(pixels, f"block {block.index} ({region})", job.store)
+        if _cut_by_halo(labels, grown, shape).size == 0:
+            break
+    labels = drop_small(labels, job.settings.masks.min_size)
+    return labels, grown, _cut_by_halo(labels, grown, shape).size
 
 
 def _at_pixels(labels: Any, nearest: list[npt.NDArray[np.int64]] | None) -> Any:
@@ -154,7 +183,8 @@ def label_block(number: int, job: Job) -> dict[str, Any]:
     if not job.may_hold_cells(block.padded):
         job.store.save(f"{job.labels}/objects/{number}", np.array([0, 1], np.int64))
         return {"peak": peak_memory()}
-    labels, grown, n_cut = _labels_of(job, block)
+    segmenter = job.segmenter
+    labels, grown, n_cut = _labels_of(job, block) if segmenter is None else _labels_by_function(job, segmenter, block)
     inner = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(block.padded, grown.padded, strict=True))
     labels, first = _keep_core_objects(np.ascontiguousarray(labels[inner]), block, grid.shape)
     where = tuple(slice(0, n) for n in labels.shape)

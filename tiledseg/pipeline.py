@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from .errors import SettingsError
 from .grid import WorkingGrid
 from .images import Image, channel_index, open_image
 from .job import Diameter, Job, Surveyed, halo_of
-from .networks.models import find_model
+from .networks.models import Model, find_model
 from .networks.runner import torch_threads_kept
 from .omezarr import labels_exist, level_array
 from .progress import Listener, Progress
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
+from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
 from .store import DiskStore, MemoryStore
 from .working import plane_axes, plane_shape
 
@@ -40,10 +42,12 @@ class Report:
     ----------
     n_objects : int
         Labels are 1..n_objects.
-    diameter : Diameter
-        Used, and its spread.
-    percentiles : (float, float)
-        Pixel values that became 0 and 1 for the network.
+    segmenter : str or None
+        Name of the function that made the labels, None if a network did.
+    diameter : Diameter or None
+        Used, and its spread; None if a function made the labels and only a halo was given.
+    percentiles : (float, float) or None
+        Pixel values that became 0 and 1 for the network; None without one.
     n_blocks, n_skipped_blocks : int
         Blocks, and those in which nothing rises above the noise.
     n_cut_by_halo : int
@@ -56,24 +60,27 @@ class Report:
         Labels that cross the border between two blocks, counted in each of the two, and how many of
         them the other block saw as well. Those it did not see are cut at the border.
     n_nonfinite : int
-        Pixels that are NaN or infinite, taken as background.
+        Pixels that are NaN or infinite, taken as background; 0 with a function, which is given them.
     n_tiles, n_skipped_tiles : int
-        Network tiles computed by this call, and those skipped as empty.
+        Network tiles computed by this call, and those skipped as empty; 0 without a network.
     seconds : dict of str to float
         Per stage, of this call.
     computed, kept : dict of str to int
         Pieces per stage computed by this call, and kept from an earlier one.
     peak_memory : int
         Bytes: the sum over all processes of the most each had resident.
-    device, workers : str
+    device : str or None
+        Where the network ran; None without one.
+    workers : str
         What did the work.
     scratch : str or None
         Folder kept for changed mask settings.
     """
 
     n_objects: int
-    diameter: Diameter
-    percentiles: tuple[float, float]
+    segmenter: str | None
+    diameter: Diameter | None
+    percentiles: tuple[float, float] | None
     n_blocks: int
     n_skipped_blocks: int
     n_cut_by_halo: int
@@ -89,7 +96,7 @@ class Report:
     computed: dict[str, int]
     kept: dict[str, int]
     peak_memory: int
-    device: str
+    device: str | None
     workers: str
     scratch: str | None
 
@@ -133,6 +140,7 @@ def segment(
     image: Any,
     output: str | os.PathLike[str] | None = None,
     *,
+    segmenter: Callable[[Any], Any] | None = None,
     client: Any = None,
     scheduler: str | None = None,
     workers: int | None = None,
@@ -151,6 +159,8 @@ def segment(
     output : path, optional
         OME-Zarr to hold the labels, as ``labels/<name>``. Default: the image itself if it is an
         OME-Zarr that can be written; for arrays, none: labels stay in memory.
+    segmenter : callable, optional
+        A function that finds the cells in place of the network, see Notes.
     client : distributed.Client or cluster, optional
         Where to work. Default: this process for images of a few blocks, else processes made here.
     scheduler : str, optional
@@ -177,52 +187,84 @@ def segment(
     TiledsegError
         One sentence that says what is wrong, where, and what to do. What is done is kept: the same
         call continues.
+
+    Notes
+    -----
+    `segmenter` is called with the pixels of a block and its halo: an array of shape (*spatial) of the
+    chosen channel, or (c, *spatial) of all with ``channel="all"``, in the image's own type. It returns
+    whole numbers of shape (*spatial), 0 for background; ids may have gaps. Survey and network do not
+    run and their settings are refused. Give ``halo``, at least the size of the largest objects, or
+    ``diameter``: the halo is then two of these, and more where an object reaches the edge.
+    ``min_size`` is 0 unless given. Labels of neighbouring blocks are linked where they overlap by half;
+    they do not depend on the blocks if the function finds an object whatever lies beyond the halo:
+    normalise by fixed values, not by those of the block. The report says how well blocks agreed.
+
+    The function is called by several threads at once, on the CPU workers made here; for one that uses
+    GPUs, or is not safe with threads, give a client with one thread per worker. A run goes on only
+    with the same function, known by its name, source and captured values (`segmenters.identity_of`).
+
+    Examples
+    --------
+    >>> def nuclei(pixels):
+    ...     from scipy import ndimage
+    ...     from skimage.segmentation import watershed
+    ...     mask = ndimage.gaussian_filter(pixels.astype(float), 2) > 500
+    ...     distance = ndimage.distance_transform_edt(mask)
+    ...     seeds = ndimage.label(distance > 5)[0]
+    ...     return watershed(-distance, seeds, mask=mask)
+    >>> segment("slide.ome.zarr", segmenter=nuclei, diameter=30)  # doctest: +SKIP
     """
-    chosen = Settings.of(**settings)
-    opened, channel = _open(image, axes, chosen)
+    chosen = Settings.of(**settings) if segmenter is None else segmenter_settings(settings)
+    opened, channel, labeller = _open(image, axes, chosen, segmenter)
     place = place_of(opened, output, scratch, chosen)
-    model = find_model(chosen.flows.model)
-    _check_geometry(chosen, opened)
+    _check_geometry(labeller, chosen, opened)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
+    device = chosen.flows.device if segmenter is None else "cpu"
     told = Progress(progress)
     with (
         scratch_of(place) as store,
-        connect(client, scheduler=scheduler, workers=workers, device=chosen.flows.device, small=is_small) as executor,
+        connect(client, scheduler=scheduler, workers=workers, device=device, small=is_small) as executor,
     ):
-        device = executor.device(chosen.flows.device)
-        job = Job(opened, channel, chosen, model, device, store)
+        if segmenter is None:
+            device = executor.device(device)
+        job = Job(opened, channel, chosen, labeller, device, store)
         run_id = reopen(job, place, restart)
-        if device == "cpu" and chosen.flows.device == "auto":
+        if segmenter is None and device == "cpu" and chosen.flows.device == "auto":
             logger.info("no GPU found: the network runs on the CPU.")
         job = shippable(job, executor)
         return _run(job, place, run_id, executor, told)
 
 
 def _run(job: Job, place: Place, run_id: str, executor: Executor, progress: Progress) -> Segmentation:
-    """The five stages."""
+    """The five stages, the first two for a network only."""
     with torch_threads_kept():
-        _warm_up(job)
-        found = survey.run(job, executor, progress)
-        job = dataclasses.replace(job, surveyed=found, table=place.table, plan=place.plan)
-        _check_geometry(job.settings, job.image, found.diameter.value)
+        job = dataclasses.replace(job, table=place.table, plan=place.plan)
+        tiles = {"n_tiles": 0, "n_skipped": 0}
+        if job.segmenter is None:
+            _warm_up(job)
+            job = dataclasses.replace(job, surveyed=survey.run(job, executor, progress))
+            _check_geometry(job.labeller, job.settings, job.image, job.found.diameter.value)
         job = dataclasses.replace(job, labels=labels_folder(job, place, run_id))
-        tiles = flows.run(job, executor, progress)
+        if job.segmenter is None:
+            tiles = flows.run(job, executor, progress)
         masks.run(job, executor, progress)
         facts = stitch.run(job, executor, progress)
         publish.run(job, executor, progress)
     progress.note_peak(peak_memory())
     progress.stop()
+    found = job.surveyed
     report = Report(
-        diameter=found.diameter,
-        percentiles=found.percentiles,
-        n_nonfinite=found.n_nonfinite,
+        segmenter=None if job.segmenter is None else job.segmenter.name,
+        diameter=job.diameter,
+        percentiles=None if found is None else found.percentiles,
+        n_nonfinite=0 if found is None else found.n_nonfinite,
         n_tiles=tiles["n_tiles"],
         n_skipped_tiles=tiles["n_skipped"],
         seconds=progress.seconds,
         computed=progress.computed,
         kept=progress.kept,
         peak_memory=progress.peak_memory,
-        device=job.device,
+        device=job.device if job.segmenter is None else None,
         workers=executor.description,
         scratch=None if place.scratch is None else str(place.scratch),
         **facts,
@@ -242,32 +284,41 @@ def _lazy_labels(job: Job) -> Any:
     return dask.array.from_array(labels.reshape(shape), chunks="auto", name=False)
 
 
-def _open(image: Any, axes: str | None, settings: Settings) -> tuple[Image, int]:
-    """The image and the channel to segment; a channel taken for want of a word is named."""
+def _open(
+    image: Any, axes: str | None, settings: Settings, segmenter: Callable[[Any], Any] | None = None
+) -> tuple[Image, int, Model | Segmenter]:
+    """The image, the channel to segment, and what finds the cells; a channel taken for want of a word is named."""
     opened = open_image(image, axes=axes)
     plane_axes(opened)
-    channel = channel_index(opened, settings.survey.channel)
-    if settings.survey.channel is None and opened.n_channels > 1:
+    wanted = settings.survey.channel
+    takes_all = segmenter is not None and wanted == ALL_CHANNELS and ALL_CHANNELS not in opened.channels
+    channel = 0 if takes_all else channel_index(opened, wanted)
+    if wanted is None and opened.n_channels > 1:
         logger.info(
             "%s has channels %s; taking %s, another with --channel.",
             opened.name,
             ", ".join(opened.channels),
             opened.channels[channel],
         )
-    return opened, channel
+    if segmenter is not None:
+        return opened, channel, Segmenter.of(segmenter, takes_all)
+    return opened, channel, find_model(settings.flows.model)
 
 
 def _n_blocks(image: Image, settings: Settings) -> int:
     return math.prod(-(-n // settings.masks.block) for n in plane_shape(image))
 
 
-def _check_geometry(settings: Settings, image: Image, diameter: float | None = None) -> None:
+def _check_geometry(
+    labeller: Model | Segmenter, settings: Settings, image: Image, diameter: float | None = None
+) -> None:
     """Refuse a diameter and blocks that do not go together; without a diameter, what can be told."""
     value = diameter or settings.survey.diameter_px(image.spacing_um())
     if value is None:
         return
     shape, block = plane_shape(image), settings.masks.block
-    WorkingGrid.for_diameter(shape, value, find_model(settings.flows.model).diam_mean)
+    if isinstance(labeller, Model):
+        WorkingGrid.for_diameter(shape, value, labeller.diam_mean)
     halo = halo_of(settings, value)
     if block < halo and any(block < n for n in shape):
         raise SettingsError(
@@ -304,10 +355,10 @@ def estimate_diameter(
         In pixels of level 0, with quartiles and the number of objects it rests on.
     """
     chosen = Settings.of(**settings)
-    opened, channel = _open(image, axes, chosen)
+    opened, channel, model = _open(image, axes, chosen)
     with connect(small=True) as executor, torch_threads_kept():
         device = executor.device(chosen.flows.device)
-        job = Job(opened, channel, chosen, find_model(chosen.flows.model), device, MemoryStore())
+        job = Job(opened, channel, chosen, model, device, MemoryStore())
         return survey.run(job, executor, Progress(progress)).diameter
 
 
@@ -338,9 +389,9 @@ def preview(
         ``halo``.
     """
     chosen = Settings.of(**settings)
-    opened, channel = _open(image, axes, chosen)
+    opened, channel, model = _open(image, axes, chosen)
     place = place_of(opened, output, scratch, chosen)
-    _check_geometry(chosen, opened)
+    _check_geometry(model, chosen, opened)
     facts: dict[str, Any] = {
         "image": opened.describe(),
         "channel": opened.channels[channel],
@@ -352,7 +403,6 @@ def preview(
     }
     given = chosen.survey.diameter_px(opened.spacing_um())
     if given is not None:
-        model = find_model(chosen.flows.model)
         known = Surveyed((0.0, 1.0), False, 0, (), 1.0, Diameter(given, "given", (given, given)))
         job = Job(opened, channel, chosen, model, "cpu", MemoryStore(), surveyed=known)
         facts.update(diameter=given, halo=job.halo, n_tiles=job.lattice.n_tiles, working_shape=list(job.working.shape))

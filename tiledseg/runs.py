@@ -1,8 +1,9 @@
 """Which run a scratch folder belongs to: where things go, and what may change when it goes on.
 
-A run is known by its image, its model, its device kind and every setting that changes the flows.
-Going on with another one is refused by name. Mask settings may change: their folder is named after
-them, so what an old task still writes never meets what a new one reads.
+A run is known by its image, its model, its device kind and every setting that changes the flows; or
+by its image and the function that makes its labels. Going on with another one is refused by name.
+Mask settings may change: their folder is named after them, so what an old task still writes never
+meets what a new one reads.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .errors import OutputError, SettingsError
 from .images import Image, MemorySource, open_image
 from .job import Job
 from .omezarr import LabelsPlan, create_labels, labels_exist, plan_labels, remove_labels
+from .segmenters import APPLICABLE
 from .store import DiskStore, MemoryStore, Store
 from .working import plane_region, plane_shape
 
@@ -39,8 +41,10 @@ FORMAT = 2
 """Of the scratch; another number means that what is there cannot be continued."""
 
 LARGE_ARRAY = 2**28
+LABELS_RECORD = "masks.json"
 MAY_CHANGE = {"block", "halo", "flow_threshold", "cellprob_threshold", "min_size", "niter", "resample"}
 NO_MATTER = {"device", "missing_chunks", "ome_zarr"}
+MATTERS_TO_A_FUNCTION = {"channel", "name"}
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,16 @@ def scratch_of(place: Place) -> Iterator[Store]:
     try:
         yield place.store
     except BaseException:
-        if is_new and place.scratch is not None and not (place.scratch / "survey.json").exists():
+        if is_new and place.scratch is not None and not _holds_results(place.scratch):
+            if place.plan is not None and (place.scratch / LABELS_RECORD).exists():
+                remove_labels(place.plan)
             shutil.rmtree(place.scratch, ignore_errors=True)
         raise
+
+
+def _holds_results(scratch: Path) -> bool:
+    """Whether a survey, or with a function a block, is done."""
+    return (scratch / "survey.json").exists() or any(scratch.glob("masks-*/masks.journal"))
 
 
 def is_shippable(image: Image) -> bool:
@@ -104,14 +115,7 @@ def reopen(job: Job, place: Place, restart: bool) -> str:
             remove_labels(plan)
         store.discard()
         record = None
-    now = {
-        "format": FORMAT,
-        "image": fingerprint(job.image),
-        "model file": job.model.sha256,
-        "device": job.device,
-        "ome_zarr": None if plan is None else plan.version,
-        **{k: v for k, v in job.settings.flat().items() if k not in MAY_CHANGE | NO_MATTER},
-    }
+    now = _described(job, plan)
     if record is None:
         record = {"id": uuid.uuid4().hex, "settings": now}
         store.write_json("run.json", record)
@@ -123,6 +127,24 @@ def reopen(job: Job, place: Place, restart: bool) -> str:
             "to discard it."
         )
     return str(record["id"])
+
+
+def _described(job: Job, plan: LabelsPlan | None) -> dict[str, Any]:
+    """What may not change while a run goes on."""
+    settings = {k: v for k, v in job.settings.flat().items() if k not in MAY_CHANGE | NO_MATTER}
+    made_by: dict[str, Any]
+    if job.segmenter is None:
+        made_by = {"segmenter": None, "model file": job.model.sha256, "device": job.device}
+    else:
+        made_by = {"segmenter": f"{job.segmenter.name} {job.segmenter.identity}", "model file": None, "device": None}
+        settings = {k: v if k in MATTERS_TO_A_FUNCTION else None for k, v in settings.items()}
+    return {
+        "format": FORMAT,
+        "image": fingerprint(job.image),
+        **made_by,
+        "ome_zarr": None if plan is None else plan.version,
+        **settings,
+    }
 
 
 def _owner(plan: LabelsPlan) -> str | None:
@@ -140,14 +162,16 @@ def _owner(plan: LabelsPlan) -> str | None:
 
 def labels_folder(job: Job, place: Place, run_id: str) -> str:
     """The folder of the scratch for these mask settings; what others left, and published, goes."""
-    kept = {k: v for k, v in job.settings.flat().items() if k in MAY_CHANGE}
-    resolved = digest(kept, job.halo, job.niter, None if place.plan is None else str(place.plan.path))
+    may_change = MAY_CHANGE if job.segmenter is None else MAY_CHANGE & APPLICABLE
+    kept = {k: v for k, v in job.settings.flat().items() if k in may_change}
+    niter = None if job.segmenter is not None else job.niter
+    resolved = digest(kept, job.halo, niter, None if place.plan is None else str(place.plan.path))
     folder = f"masks-{resolved}"
     plan = place.plan
     if plan is None:
         job.store.create(f"{folder}/published", job.shape, job.shape, "uint32")
         return folder
-    before = (job.store.read_json("masks.json") or {}).get("folder", folder)
+    before = (job.store.read_json(LABELS_RECORD) or {}).get("folder", folder)
     if before != folder:
         logger.info("mask settings changed: masks and what follows are computed again, flows are kept.")
     if before != folder or not plan.path.exists():
@@ -155,7 +179,7 @@ def labels_folder(job: Job, place: Place, run_id: str) -> str:
         for stage in ("publish-",) if before == folder else ("",):
             job.store.remove(f"{before}/{stage}")
         remove_labels(plan)
-    job.store.write_json("masks.json", {"folder": folder, "settings": kept})
+    job.store.write_json(LABELS_RECORD, {"folder": folder, "settings": kept})
     create_labels(plan, attributes={"tiledseg": {"run": run_id, **kept}})
     return folder
 
@@ -179,23 +203,28 @@ def fingerprint(image: Image) -> str:
 
 
 def shippable(job: Job, executor: Executor) -> Job:
-    """The job with an image that workers can open: an array of this process goes into the scratch."""
+    """The job with what workers can open: an array or function of this process goes into the scratch."""
     image = job.image
-    if executor.in_process or is_shippable(image):
+    if executor.in_process:
         return job
-    if not isinstance(job.store, DiskStore):
+    store = job.store
+    if not isinstance(store, DiskStore):
         raise SettingsError("to segment an array on a cluster, say where the labels go: output=...")
+    if job.segmenter is not None:
+        job = dataclasses.replace(job, labeller=job.segmenter.pack(store))
+    if is_shippable(image):
+        return job
     chunks = tuple(min(n, 1024) if axis in "yx" else 1 for n, axis in zip(image.shape, image.axes, strict=True))
-    job.store.create("image.zarr", image.shape, chunks, str(image.dtype))
-    copy = job.store.open("image.zarr")
-    done = job.store.done("image")
+    store.create("image.zarr", image.shape, chunks, str(image.dtype))
+    copy = store.open("image.zarr")
+    done = store.done("image")
     starts = list(itertools.product(*(range(0, n, c) for n, c in zip(image.shape, chunks, strict=True))))
     for i, start in enumerate(starts):
         if i not in done:
             region = tuple(slice(a, min(a + c, n)) for a, c, n in zip(start, chunks, image.shape, strict=True))
             copy[region] = image.read(0, region)
-            job.store.mark("image", [i])
-    stored = open_image(job.store.path / "image.zarr", axes=image.axes)
+            store.mark("image", [i])
+    stored = open_image(store.path / "image.zarr", axes=image.axes)
     stored = dataclasses.replace(
         stored, name=image.name, spacing=image.spacing, units=image.units, channels=image.channels
     )
