@@ -25,6 +25,7 @@ ROWS = [
     {"job"},
     {"survey", "flows", "masks", "stitch", "publish"},
     {"runs"},
+    {"preflight"},
     {"pipeline"},
     {"demo"},
     {"cli"},

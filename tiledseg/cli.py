@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Settings
-from .errors import TiledsegError
+from .errors import SettingsError, TiledsegError
 
 __all__ = ["main"]
 
@@ -166,15 +166,19 @@ def _segment(options: argparse.Namespace) -> int:
     from .pipeline import preview, segment
 
     where = {"output": options.output, "scratch": options.scratch, "axes": options.axes}
+    workers = {"scheduler": options.scheduler, "workers": options.workers}
     if options.dry_run:
-        return _show(preview(options.image, **where, **_settings_of(options)), options.json, _plan_text)
+        plan = preview(options.image, **where, **workers, **_settings_of(options))
+        _show(plan, options.json, _plan_text)
+        if plan["refused"] is not None:
+            raise SettingsError(plan["refused"])
+        return 0
     bars = _Bars()
     try:
         result = segment(
             options.image,
             **where,
-            scheduler=options.scheduler,
-            workers=options.workers,
+            **workers,
             restart=options.restart,
             progress=bars,
             **_settings_of(options),
@@ -311,13 +315,31 @@ def _plan_text(facts: dict[str, Any]) -> list[str]:
         f"level {i}      shape {tuple(level['shape'])}, chunks {tuple(level['chunks'])}, {level['path'] or '.'}"
         for i, level in enumerate(image["levels"])
     ]
-    if "refused" in facts:
+    if "n_blocks" not in facts:
         return [*lines, f"segment      would refuse: {facts['refused']}"]
-    names = {"channel": "channel", "n_blocks": "blocks", "diameter": "diameter", "halo": "halo", "n_tiles": "tiles"}
-    names |= {"working_shape": "working grid", "labels": "labels", "table": "table", "scratch": "scratch"}
-    lines.append("segment      would do this:")
-    lines += [f"  {text:<12} {facts[name]}" for name, text in names.items() if facts.get(name) is not None]
-    return [*lines, f"  {'there is':<12} {facts['state']}"]
+    lines += ["segment      would do this:", *_needs_text(facts), f"  {'there is':<12} {facts['state']}"]
+    return lines if facts["refused"] is None else [*lines, f"segment      would refuse: {facts['refused']}"]
+
+
+def _needs_text(facts: dict[str, Any]) -> list[str]:
+    """What a run would do and need."""
+    from .preflight import size_text
+
+    source = {"given": "as given", "assumed": "assumed, as the model's own; the survey will estimate it"}
+    tasks = sorted(facts["task_bytes"].items(), key=lambda task: -task[1])
+    rows = {
+        "channel": facts["channel"],
+        "diameter": f"{facts['diameter']:g} px, {source.get(facts['diameter_source'], 'as the survey found')}",
+        "blocks": f"{facts['n_blocks']:,}, halo {facts['halo']} px",
+        "tiles": f"{facts['n_tiles']:,} on a working grid of {facts['working_shape']}",
+        "memory": f"at most {size_text(facts['worker_bytes'])} per process, {size_text(facts['memory_bytes'])} in all "
+        f"({facts['n_workers']} x {facts['n_threads']} threads)",
+        "per task": ", ".join(f"{stage} {size_text(n)}" for stage, n in tasks),
+        "labels": facts["labels"] and f"{facts['labels']} (with the table up to {size_text(facts['output_bytes'])})",
+        "table": facts["table"],
+        "scratch": facts["scratch"] and f"{facts['scratch']} (up to {size_text(facts['scratch_bytes'])})",
+    }
+    return [f"  {name:<12} {text}" for name, text in rows.items() if text is not None]
 
 
 def _comparison_text(facts: dict[str, Any]) -> list[str]:

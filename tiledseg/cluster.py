@@ -15,6 +15,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from .cores import CORES
 from .errors import ClusterError, DeviceError, SettingsError, TiledsegError
 from .store import as_output_error
 
-__all__ = ["Executor", "connect", "n_cores", "peak_memory", "resolve_device"]
+__all__ = ["Crew", "Executor", "connect", "crew_of", "n_cores", "peak_memory", "resolve_device"]
 
 
 Item = Any
@@ -30,6 +31,7 @@ Function = Callable[..., Any]
 
 IN_FLIGHT_PER_THREAD = 3
 RETRIES_OF_A_SUSPECT = 2
+LOOPBACK = {"127.0.0.1", "::1", "localhost", "inproc"}
 
 
 def n_cores() -> int:
@@ -74,6 +76,38 @@ def resolve_device(device: str) -> str:
     return "cpu"
 
 
+def machine_memory() -> int:
+    """Bytes that all processes of this machine, container or session may have."""
+    from distributed.system import MEMORY_LIMIT
+
+    return int(MEMORY_LIMIT)
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The processes that work, and the memory they have.
+
+    Attributes
+    ----------
+    n_workers : int
+        Processes.
+    n_threads : int
+        Tasks at once in one of them; the most of any.
+    worker_limit : int or None
+        Bytes a worker may have before it is killed, the least of any; None if it has no limit.
+    machine_bytes : int or None
+        Bytes that this process and all workers have together; None if they are on other machines.
+    in_process : bool
+        Whether the one worker is this process.
+    """
+
+    n_workers: int
+    n_threads: int
+    worker_limit: int | None = None
+    machine_bytes: int | None = None
+    in_process: bool = False
+
+
 def _run_task(function: Function, item: Item, *args: Any) -> Any:
     """Run a task on a core that it takes for itself."""
     with CORES.task():
@@ -94,6 +128,10 @@ class Executor(Protocol):
     in_process: bool
     description: str
 
+    @property
+    def crew(self) -> Crew:
+        """Who works, now."""
+
     def stream(self, function: Function, items: Iterable[Item], *args: Any) -> Iterator[tuple[Item, Any]]:
         """Yield ``(item, function(item, *args))`` as they end, in any order.
 
@@ -112,6 +150,11 @@ class ThreadExecutor:
     def __init__(self, n_threads: int) -> None:
         self.n_threads = n_threads
         self.description = f"this process, {n_threads} threads"
+
+    @property
+    def crew(self) -> Crew:
+        """Who works: this process."""
+        return Crew(1, self.n_threads, machine_bytes=machine_memory(), in_process=True)
 
     def stream(self, function: Function, items: Iterable[Item], *args: Any) -> Iterator[tuple[Item, Any]]:
         """Yield ``(item, function(item, *args))`` as they end, in any order."""
@@ -161,6 +204,20 @@ class DaskExecutor:
         workers = client.scheduler_info(n_workers=-1)["workers"]
         threads = sum(worker["nthreads"] for worker in workers.values())
         self.description = f"{len(workers)} workers, {threads} threads"
+
+    @property
+    def crew(self) -> Crew:
+        """Who works, now."""
+        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        threads = [int(worker["nthreads"]) for worker in workers]
+        limits = [int(worker["memory_limit"]) for worker in workers if worker["memory_limit"]]
+        are_here = all(worker["host"] in LOOPBACK for worker in workers)
+        return Crew(
+            max(1, len(threads)),
+            max(threads, default=1),
+            min(limits, default=None),
+            machine_memory() if are_here else None,
+        )
 
     def _window(self) -> int:
         """Tasks to keep in flight for the workers there are now."""
@@ -252,6 +309,14 @@ def _devices(workers: int | None, device: str) -> list[str | None]:
     n_gpus = torch.cuda.device_count()
     visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))).split(",")
     return [visible[i % n_gpus] for i in range(workers or n_gpus)]
+
+
+def crew_of(workers: int | None, device: str, small: bool) -> Crew:
+    """Who would work, with neither client nor scheduler given; starts nothing. See `connect`."""
+    if small and workers is None:
+        return ThreadExecutor(n_cores()).crew
+    n_workers = len(_devices(workers, device))
+    return Crew(n_workers, max(1, n_cores() // n_workers), machine_bytes=machine_memory())
 
 
 @contextlib.contextmanager

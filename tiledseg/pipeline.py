@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from . import flows, masks, publish, stitch, survey
-from .cluster import Executor, connect, peak_memory
+from .cluster import Crew, Executor, connect, crew_of, peak_memory, resolve_device
 from .config import Settings
-from .errors import SettingsError
+from .errors import OutputError, SettingsError
 from .grid import WorkingGrid
 from .images import Image, channel_index, open_image
 from .job import Diameter, Job, Surveyed, halo_of
 from .networks.models import Model, find_model
 from .networks.runner import torch_threads_kept
 from .omezarr import labels_exist, level_array
+from .preflight import Preflight
 from .progress import Listener, Progress
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
 from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
@@ -228,15 +229,18 @@ def segment(
         if segmenter is None:
             device = executor.device(device)
         job = Job(opened, channel, chosen, labeller, device, store)
+        preflight = Preflight(opened, chosen, labeller, place, executor.crew, device)
+        preflight.check(chosen.survey.diameter_px(opened.spacing_um()))
         run_id = reopen(job, place, restart)
         if segmenter is None and device == "cpu" and chosen.flows.device == "auto":
             logger.info("no GPU found: the network runs on the CPU.")
         job = shippable(job, executor)
-        return _run(job, place, run_id, executor, told)
+        return _run(job, preflight, run_id, executor, told)
 
 
-def _run(job: Job, place: Place, run_id: str, executor: Executor, progress: Progress) -> Segmentation:
+def _run(job: Job, preflight: Preflight, run_id: str, executor: Executor, progress: Progress) -> Segmentation:
     """The five stages, the first two for a network only."""
+    place = preflight.place
     with torch_threads_kept():
         job = dataclasses.replace(job, table=place.table, plan=place.plan)
         tiles = {"n_tiles": 0, "n_skipped": 0}
@@ -244,6 +248,7 @@ def _run(job: Job, place: Place, run_id: str, executor: Executor, progress: Prog
             _warm_up(job)
             job = dataclasses.replace(job, surveyed=survey.run(job, executor, progress))
             _check_geometry(job.labeller, job.settings, job.image, job.found.diameter.value)
+            preflight.check(job.found.diameter.value)
         job = dataclasses.replace(job, labels=labels_folder(job, place, run_id))
         if job.segmenter is None:
             tiles = flows.run(job, executor, progress)
@@ -371,39 +376,68 @@ def _state(place: Place) -> str:
     return "nothing yet"
 
 
+def _crew(client: Any, scheduler: str | None, workers: int | None, settings: Settings, small: bool) -> Crew:
+    """Who would work; nothing is started for it."""
+    if client is None and scheduler is None:
+        return crew_of(workers, settings.flows.device, small)
+    with connect(client, scheduler=scheduler, workers=workers) as executor:
+        return executor.crew
+
+
 def preview(
     image: Any,
     output: str | os.PathLike[str] | None = None,
     *,
+    client: Any = None,
+    scheduler: str | None = None,
+    workers: int | None = None,
     scratch: str | os.PathLike[str] | None = None,
     axes: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """What `segment` would do, without doing it.
+    """What `segment` would do and what it would need, without doing it.
 
     Returns
     -------
     plan : dict
-        ``image`` as opened; ``channel``; ``n_blocks``; where ``labels``, ``table`` and ``scratch`` would go
-        and the ``state`` of what is there; with a diameter given also ``n_tiles``, ``working_shape`` and
-        ``halo``.
+        ``image`` as opened; ``channel``; where ``labels``, ``table`` and ``scratch`` would go and the
+        ``state`` of what is there; ``diameter_source``: ``"given"``, ``"estimated"`` or ``"default"`` by an
+        earlier run that is to be continued, or ``"assumed"``: the model's own, until the survey has run; then
+        all that `preflight.Needs` tells; and ``refused``, why it cannot fit, None if it can.
     """
     chosen = Settings.of(**settings)
     opened, channel, model = _open(image, axes, chosen)
     place = place_of(opened, output, scratch, chosen)
     _check_geometry(model, chosen, opened)
-    facts: dict[str, Any] = {
+    is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
+    crew = _crew(client, scheduler, workers, chosen, is_small)
+    device = "cpu" if chosen.flows.device == "cpu" else resolve_device("auto")
+    diameter = _expected_diameter(opened, chosen, find_model(chosen.flows.model), place)
+    preflight = Preflight(opened, chosen, model, place, crew, device)
+    refused = None
+    try:
+        preflight.check(None if diameter.source == "assumed" else diameter.value)
+    except (SettingsError, OutputError) as error:
+        refused = str(error)
+    return {
         "image": opened.describe(),
         "channel": opened.channels[channel],
-        "n_blocks": _n_blocks(opened, chosen),
         "labels": None if place.plan is None else str(place.plan.path),
         "table": None if place.table is None else str(place.table),
         "scratch": None if place.scratch is None else str(place.scratch),
         "state": _state(place),
+        "diameter_source": diameter.source,
+        **preflight.needs(diameter.value).as_dict(),
+        "refused": refused,
     }
-    given = chosen.survey.diameter_px(opened.spacing_um())
+
+
+def _expected_diameter(image: Image, settings: Settings, model: Model, place: Place) -> Diameter:
+    """The diameter as given, as an earlier run found it, or assumed to be the model's own."""
+    given = settings.survey.diameter_px(image.spacing_um())
     if given is not None:
-        known = Surveyed((0.0, 1.0), False, 0, (), 1.0, Diameter(given, "given", (given, given)))
-        job = Job(opened, channel, chosen, model, "cpu", MemoryStore(), surveyed=known)
-        facts.update(diameter=given, halo=job.halo, n_tiles=job.lattice.n_tiles, working_shape=list(job.working.shape))
-    return facts
+        return Diameter(given, "given", (given, given))
+    document = place.store.read_json("survey.json")
+    if document is not None:
+        return Surveyed.from_json(document).diameter
+    return Diameter(model.diam_mean, "assumed", (model.diam_mean,) * 2)

@@ -25,6 +25,7 @@ __all__ = [
     "read_plane",
     "read_tile",
     "refuse_missing",
+    "source_level",
 ]
 
 FloatArray = npt.NDArray[np.float32]
@@ -95,7 +96,7 @@ def _level_scale(image: Image, level: Level) -> tuple[tuple[float, ...], tuple[f
     return tuple(level.scale[i] for i in where), tuple(level.offset[i] for i in where)
 
 
-def _source_level(image: Image, grid: WorkingGrid) -> int:
+def source_level(image: Image, grid: WorkingGrid) -> int:
     """The coarsest level that is not coarser than the working grid."""
     best = 0
     for i, level in enumerate(image.levels):
@@ -135,7 +136,7 @@ def read_tile(
     inside = tuple(slice(max(p.start, 0), min(p.stop, n)) for p, n in zip(region, grid.shape, strict=True))
     if any(p.start >= p.stop for p in inside):
         return result
-    source = _source_level(image, grid)
+    source = source_level(image, grid)
     scale, offset = _level_scale(image, image.levels[source])
     positions, factors, needed, pixels = [], [], [], []
     for axis, part in enumerate(inside):

@@ -1,0 +1,397 @@
+"""What a run needs, told before it starts; and the refusal of one that cannot fit.
+
+Memory is an upper bound: what a process has with everything loaded, and for every thread that works
+in it the largest task there is. Tasks are bounded by the block, by the regions of survey and publish
+(2048 px) and by the chunks of the image, which are read whole; nothing but the links between blocks
+grows with the image. Disk is what a dense image takes, with a margin.
+
+The factors were measured task by task (``scripts/bench/memory.py``: two cores, CPU, dense synthetic
+slides with cells of 8.5 to 34 px) and rounded up by a quarter or more; run it again after changing a
+stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .cluster import Crew, n_cores
+from .config import Settings
+from .errors import OutputError, SettingsError
+from .grid import BlockGrid, Index, Lattice, WorkingGrid
+from .images import Image
+from .job import halo_of
+from .networks.models import Model
+from .publish import REGION as PUBLISH_REGION
+from .runs import Place
+from .segmenters import Segmenter
+from .survey import REGION as SURVEY_REGION
+from .working import plane_axes, plane_shape, source_level
+
+__all__ = ["Needs", "Preflight", "size_text"]
+
+MIB = 2**20
+
+PROCESS_BYTES = 850 * MIB
+"""A process in which torch, numba's kernels, zarr and a network are loaded; some 720 MiB."""
+CUDA_BYTES = 3072 * MIB
+"""More of that with a GPU; a guess, not measured."""
+TASK_BYTES = 48 * MIB
+"""Of any task beside its arrays: buffers of codecs, the heap's slack; up to 30 MiB."""
+SURVEY_PIXEL = 28
+"""Per pixel of a region of the survey, besides the image's own; 19 to 21."""
+FLOWS_BYTES = 128 * MIB
+"""Of the forward pass, and the tiles of a chunk; 74 MiB with the half-width network."""
+FLOWS_PIXEL = 16
+"""Per pixel of the level that a tile is read from, besides the image's own."""
+MASKS_PIXEL = 100
+"""Per pixel that flows are followed in, of a block with its halo; 58 to 66, 90 in small blocks."""
+MASKS_WORKING_PIXEL = 32
+"""Per pixel of the network's grid there; 23."""
+FUNCTION_PIXEL = 24
+"""Per pixel of a block with its halo for labels; what the function itself takes nobody knows."""
+STITCH_PIXEL = 160
+"""Per pixel that two blocks share."""
+PUBLISH_PIXEL = 60
+"""Per pixel of a region that is published; 30 to 45 with one channel of uint16."""
+PUBLISH_CHANNEL_PIXEL = 20
+"""Per pixel and channel there, besides the image's own."""
+LINK_BYTES = 100
+"""Per object that two blocks see, while blocks are stitched."""
+LABEL_BYTES = 80
+"""Per label of one row of blocks, then."""
+BLOCK_BYTES = 400
+"""Per block, then."""
+
+SMALLEST_BLOCK = 64
+"""That is ever advised."""
+LARGE_CHUNK = 64 * MIB
+
+READ_AT_ONCE = 10
+"""Chunks that zarr decodes at once."""
+CHUNK_COPIES = 2
+"""A chunk as stored and as decoded."""
+
+LABELS_SHARE = 0.1
+"""Compressed labels of their plain size; 0.02 (scratch) and 0.034 (published) on dense slides."""
+OBJECT_BYTES = 250
+"""Of records of one object in the scratch; 160 with one channel."""
+ROW_BYTES = 120
+"""Of one object in the table; 61 to 77."""
+SAMPLES_BYTES = 24 * MIB
+"""Of the samples that percentiles are from, at most."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs.
+
+    Attributes
+    ----------
+    diameter : float or None
+        Pixels of level 0; None if it is not known: then these are the needs whatever it is.
+    halo : int
+        Pixels around a block.
+    n_blocks, n_tiles : int
+        Blocks, and tiles of the network.
+    working_shape : tuple of int
+        Of the network's grid; empty if that is not known or there is no network.
+    scratch_bytes, output_bytes : int
+        On disk, for an image full of cells.
+    scratch_bytes_max : int
+        If nothing could be compressed.
+    task_bytes : dict of str to int
+        Memory of the largest task of each stage.
+    process_bytes : int
+        Memory of a worker beside its tasks.
+    n_workers, n_threads : int
+        Processes, and tasks at once in each.
+    client_bytes : int
+        Memory of the process that hands out the work, if it does none itself.
+    """
+
+    diameter: float | None
+    halo: int
+    n_blocks: int
+    n_tiles: int
+    working_shape: Index
+    scratch_bytes: int
+    output_bytes: int
+    scratch_bytes_max: int
+    task_bytes: dict[str, int]
+    process_bytes: int
+    n_workers: int
+    n_threads: int
+    client_bytes: int
+
+    @property
+    def largest_task(self) -> str:
+        """The stage whose tasks need most."""
+        return max(self.task_bytes, key=lambda stage: self.task_bytes[stage])
+
+    @property
+    def worker_bytes(self) -> int:
+        """Most memory of one worker."""
+        return self.process_bytes + self.n_threads * self.task_bytes[self.largest_task]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Most memory of all processes together."""
+        return self.client_bytes + self.n_workers * self.worker_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        sums = {"worker_bytes": self.worker_bytes, "memory_bytes": self.memory_bytes}
+        return {**dataclasses.asdict(self), **sums, "largest_task": self.largest_task}
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A run that has not begun.
+
+    Parameters
+    ----------
+    image, settings, labeller, place
+        The run.
+    crew : Crew
+        Who works.
+    device : str
+        ``"cpu"`` or ``"cuda"``.
+    """
+
+    image: Image
+    settings: Settings
+    labeller: Model | Segmenter
+    place: Place
+    crew: Crew
+    device: str = "cpu"
+
+    def needs(self, diameter: float | None) -> Needs:
+        """Project what the run needs.
+
+        Parameters
+        ----------
+        diameter : float or None
+            Of the cells in pixels of level 0. None if it is not known: an automatic halo and flows then
+            count for nothing, and the run needs at least what is returned.
+
+        Returns
+        -------
+        needs : Needs
+        """
+        blocks, working = self._grids(diameter)
+        shape = blocks.shape
+        n_objects = 0 if diameter is None else math.ceil(math.prod(shape) / diameter**2)
+        n_tiles, disk = 0, OBJECT_BYTES * n_objects
+        if isinstance(self.labeller, Model):
+            disk += min(SAMPLES_BYTES, 8 * math.prod(shape)) + math.prod(shape) // 200
+            if working is not None:
+                lattice = Lattice(working.shape, self.labeller.tile, self.labeller.stride)
+                n_tiles = lattice.n_tiles
+                disk += 2 * (len(shape) + 1) * math.prod(lattice.chunk_counts) * math.prod(lattice.piece_shape)
+        labels = 4 * blocks.n_blocks * math.prod(blocks.padded_shape)
+        on_disk = self.place.scratch is not None
+        process = PROCESS_BYTES + (CUDA_BYTES if self.device == "cuda" else 0)
+        return Needs(
+            diameter=diameter,
+            halo=blocks.halo[0],
+            n_blocks=blocks.n_blocks,
+            n_tiles=n_tiles,
+            working_shape=() if working is None else working.shape,
+            scratch_bytes=disk + int(LABELS_SHARE * labels) if on_disk else 0,
+            scratch_bytes_max=disk + labels if on_disk else 0,
+            output_bytes=self._output_bytes(n_objects),
+            task_bytes=dict(self._tasks(blocks, working, n_objects)),
+            # Without a scratch everything stays in this process.
+            process_bytes=process if on_disk else process + disk + labels + 4 * math.prod(shape),
+            n_workers=self.crew.n_workers,
+            n_threads=self.crew.n_threads,
+            client_bytes=0 if self.crew.in_process else PROCESS_BYTES,
+        )
+
+    def _grids(self, diameter: float | None) -> tuple[BlockGrid, WorkingGrid | None]:
+        """The blocks, and the network's grid if there is one and it is known."""
+        shape, masks = plane_shape(self.image), self.settings.masks
+        halo = 0 if diameter is None and masks.halo == "auto" else halo_of(self.settings, diameter)
+        blocks = BlockGrid(shape, (masks.block,) * len(shape), (halo,) * len(shape))
+        if diameter is None or isinstance(self.labeller, Segmenter):
+            return blocks, None
+        return blocks, WorkingGrid.for_diameter(shape, diameter, self.labeller.diam_mean)
+
+    def _output_bytes(self, n_objects: int) -> int:
+        """Labels, pyramid and table on disk."""
+        plan = self.place.plan
+        if plan is None:
+            return 0
+        n_pixels = sum(math.prod(plan.level_shape(level)) for level in range(plan.n_levels))
+        return ROW_BYTES * n_objects + int(LABELS_SHARE * 4 * n_pixels)
+
+    def _tasks(self, blocks: BlockGrid, working: WorkingGrid | None, n_objects: int) -> Iterator[tuple[str, int]]:
+        """The stages, and the most memory a task of each takes."""
+        image, masks = self.image, self.settings.masks
+        # With an automatic halo a block is seen with a larger one where a cell is cut: here with twice as much.
+        halo = blocks.halo[0] * (2 if masks.halo == "auto" else 1)
+        padded = tuple(min(n, b + 2 * halo) for n, b in zip(blocks.shape, blocks.block, strict=True))
+        n_pixels = math.prod(padded)
+        if isinstance(self.labeller, Segmenter):
+            n_channels = image.n_channels if self.labeller.takes_all_channels else 1
+            yield "masks", TASK_BYTES + FUNCTION_PIXEL * n_pixels + _reading(image, 0, padded, n_channels)
+        else:
+            n_working = 0 if working is None else math.ceil(n_pixels * math.prod(working.scale))
+            n_followed = n_pixels if masks.resample else n_working
+            yield "survey", max(_survey_bytes(image, level) for level in range(len(image.levels)))
+            if working is not None:
+                yield "flows", FLOWS_BYTES + _tile_bytes(image, self.labeller, working)
+            yield "masks", TASK_BYTES + MASKS_PIXEL * n_followed + MASKS_WORKING_PIXEL * n_working + 8 * n_pixels
+        yield "stitch", TASK_BYTES + _stitch_bytes(blocks, n_objects, self.crew.n_threads)
+        region = tuple(min(n, PUBLISH_REGION) for n in blocks.shape)
+        per_pixel = PUBLISH_PIXEL + PUBLISH_CHANNEL_PIXEL * image.n_channels
+        yield "publish", TASK_BYTES + per_pixel * math.prod(region) + _reading(image, 0, region, image.n_channels)
+
+    def check(self, diameter: float | None) -> None:
+        """Refuse a run that needs more memory or disk than there is.
+
+        Parameters
+        ----------
+        diameter : float or None
+            As for `needs`.
+
+        Raises
+        ------
+        SettingsError
+            If it needs more memory than a worker or this machine has.
+        OutputError
+            If labels or scratch need more disk than is free. A scratch in which flows or masks have begun is not
+            checked: what is missing is not known without counting all that is there.
+        """
+        needs, crew = self.needs(diameter), self.crew
+        if crew.worker_limit is not None and needs.worker_bytes > crew.worker_limit:
+            who, limit = "a worker", f"worker limit {size_text(crew.worker_limit)}"
+            what = f"needs {size_text(needs.worker_bytes)}"
+        elif crew.machine_bytes is not None and needs.memory_bytes > crew.machine_bytes:
+            who = "this process" if crew.in_process else f"{crew.n_workers} workers"
+            limit = f"this machine has {size_text(crew.machine_bytes)}"
+            what = f"need{'s' if crew.in_process else ''} {size_text(needs.memory_bytes)}"
+        else:
+            self._check_disk(needs)
+            return
+        stage = needs.largest_task
+        where = f", block {self.settings.masks.block} with halo {needs.halo}" if stage == "masks" else ""
+        raise SettingsError(
+            f"{who} of {crew.n_threads} threads {what}, {limit} (stage {stage}{where}: "
+            f"{size_text(needs.task_bytes[stage])} a thread); {self._advice(diameter)}."
+        )
+
+    def _fits(self, diameter: float | None) -> bool:
+        """Whether the memory is enough."""
+        needs, crew = self.needs(diameter), self.crew
+        is_enough = crew.worker_limit is None or needs.worker_bytes <= crew.worker_limit
+        return is_enough and (crew.machine_bytes is None or needs.memory_bytes <= crew.machine_bytes)
+
+    def _advice(self, diameter: float | None) -> str:
+        """What would make it fit: smaller blocks, fewer workers, smaller chunks of the image, or more memory."""
+        options, masks = [], self.settings.masks
+        lowest = max(self.needs(diameter).halo, SMALLEST_BLOCK)
+        for block in (masks.block // 2**k for k in range(1, masks.block.bit_length())):
+            smaller = dataclasses.replace(self.settings, masks=dataclasses.replace(masks, block=max(block, lowest)))
+            if block >= lowest and dataclasses.replace(self, settings=smaller)._fits(diameter):
+                options.append(f"lower --block to {block}")
+                break
+        n_made_here = self.crew.n_workers if self.crew.worker_limit is None else 0
+        for n_workers in range(n_made_here - 1, 0, -1):
+            # Processes made here share the cores: fewer of them have more threads.
+            crew = dataclasses.replace(self.crew, n_workers=n_workers, n_threads=max(1, n_cores() // n_workers))
+            if dataclasses.replace(self, crew=crew)._fits(diameter):
+                options.append(f"give --workers {n_workers}")
+                break
+        if self.place.scratch is None:
+            options.append("give an output (-o), so that what is in between lies on a disk")
+        chunks = self.image.levels[0].chunks
+        is_read_whole = self.image.is_shippable and self.image.dtype.itemsize * math.prod(chunks) > LARGE_CHUNK
+        if not options and is_read_whole:
+            options.append(f"store the image in smaller chunks: those of shape {chunks} are read whole")
+        return " or ".join(options) or "use a machine or workers with more memory"
+
+    def _check_disk(self, needs: Needs) -> None:
+        """Refuse labels or scratch that do not fit."""
+        place = self.place
+        if place.scratch is None or place.plan is None:
+            return
+        if (place.scratch / "flows.journal").exists() or any(place.scratch.glob("masks-*/masks.journal")):
+            return
+        wanted = [
+            ("the scratch", "--scratch", _existing(place.scratch), needs.scratch_bytes),
+            ("the labels", "-o", _existing(place.plan.root), needs.output_bytes),
+        ]
+        disks: dict[int, list[tuple[str, str, Path, int]]] = {}
+        for row in wanted:
+            disks.setdefault(row[2].stat().st_dev, []).append(row)
+        for rows in disks.values():
+            needed, free = sum(row[3] for row in rows), shutil.disk_usage(rows[0][2]).free
+            if needed > free:
+                raise OutputError(
+                    f"{' and '.join(row[0] for row in rows)} may take {size_text(needed)}, {rows[0][2]} has "
+                    f"{size_text(free)} free; free some space or choose another disk "
+                    f"({', '.join(row[1] for row in rows)})."
+                )
+
+
+def _survey_bytes(image: Image, level: int) -> int:
+    """Memory to survey a region of a level."""
+    wide = tuple(min(n, SURVEY_REGION + 32) for n in plane_shape(image, level))
+    return TASK_BYTES + SURVEY_PIXEL * math.prod(wide) + _reading(image, level, wide, 1)
+
+
+def _tile_bytes(image: Image, model: Model, working: WorkingGrid) -> int:
+    """Memory to read one tile from the level of the pyramid that is just finer than the working grid."""
+    level = source_level(image, working)
+    ratio = [image.levels[level].scale[image.spatial_axes.index(axis)] for axis in plane_axes(image)]
+    sides = zip(plane_shape(image, level), working.scale, ratio, strict=True)
+    read = tuple(min(n, math.ceil(model.tile / (s * r)) + 2) for n, s, r in sides)
+    return FLOWS_PIXEL * math.prod(read) + _reading(image, level, read, 1)
+
+
+def _stitch_bytes(blocks: BlockGrid, n_objects: int, n_threads: int) -> int:
+    """Memory to compare two blocks where both see the image, and to number all objects.
+
+    Numbering is one task, in the one thread of all that works then: it counts by its share.
+    """
+    n_pixels = math.prod(blocks.padded_shape)
+    n_shared = max(
+        n_pixels // side * min(side, 2 * h) for side, h in zip(blocks.padded_shape, blocks.halo, strict=True)
+    )
+    seams = sum((count - 1) / n for count, n in zip(blocks.counts, blocks.shape, strict=True))
+    share_of_twice_seen = min(1.0, seams * 2 * blocks.halo[0])
+    n_labels = math.ceil(n_objects * (1 + 2 * share_of_twice_seen) / blocks.counts[0])
+    n_links = math.ceil(n_objects * 2 * share_of_twice_seen)
+    merging = LINK_BYTES * n_links + LABEL_BYTES * n_labels + BLOCK_BYTES * blocks.n_blocks
+    return max(STITCH_PIXEL * n_shared if blocks.n_blocks > 1 else 0, math.ceil(merging / n_threads))
+
+
+def _reading(image: Image, level: int, sides: Index, n_channels: int) -> int:
+    """Memory to read a region of these sides: its pixels, and the chunks that are decoded for them at once."""
+    pixels = image.dtype.itemsize * n_channels * math.prod(sides)
+    if not image.is_shippable:
+        return pixels
+    stored = image.levels[level]
+    wanted = dict(zip(plane_axes(image), sides, strict=True)) | {"c": n_channels}
+    n_chunks = 1
+    for axis, n, chunk in zip(image.axes, stored.shape, stored.chunks, strict=True):
+        n_chunks *= min(math.ceil(n / chunk), math.ceil((wanted.get(axis, 1) - 1) / chunk) + 1)
+    decoded = image.dtype.itemsize * math.prod(stored.chunks)
+    return pixels + CHUNK_COPIES * decoded * min(READ_AT_ONCE, n_chunks)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def size_text(n_bytes: float) -> str:
+    """Bytes for people: ``1.5 GiB`` or ``20 MiB``."""
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{math.ceil(n_bytes / MIB)} MiB"
