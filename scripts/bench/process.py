@@ -43,6 +43,12 @@ class Measured:
     log: str
 
     @property
+    def failure(self) -> dict[str, str]:
+        """What a row says of a command that failed: the last line, and for the JSON file what came before."""
+        last = (self.log.strip().splitlines() or ["it printed nothing"])[-1]
+        return {"note": f"failed ({self.code}): {last[:150]}", "log": self.log}
+
+    @property
     def total_peak(self) -> int:
         """Sum over all processes of the most each had resident: what tiledseg's own report gives."""
         return self.root_peak + sum(self.child_peaks)
@@ -126,6 +132,6 @@ def _end(running: subprocess.Popen[bytes]) -> int:
     return int(running.returncode)
 
 
-def _end_of(log: Path, n_characters: int = 2000) -> str:
+def _end_of(log: Path, n_characters: int = 4000) -> str:
     """The last lines a command printed."""
     return log.read_text(errors="replace")[-n_characters:]

@@ -163,8 +163,7 @@ def row_of(bench: Bench, who: str) -> dict[str, Any]:
             return {**row, "note": "cellpose 4 is not installed beside tiledseg; install tiledseg[test]"}
         measured, labels = run_peer(bench, who, python)
     if labels is None:
-        last = (measured.log.strip().splitlines() or ["it printed nothing"])[-1]
-        return {**row, "seconds": measured.seconds, "note": f"failed ({measured.code}): {last[:150]}"}
+        return {**row, "seconds": measured.seconds, **measured.failure}
     scores = tiledseg.compare(labels, bench.example.truth, thresholds=THRESHOLDS, block=bench.block)
     seams, elsewhere = scores.at_seams, scores.elsewhere
     return {

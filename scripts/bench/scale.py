@@ -74,8 +74,7 @@ def measure(folder: Path, slide: RepeatedSlide, block: int) -> dict[str, Any]:
         "client MiB": measured.root_peak / MIB,
     }
     if not report:
-        last = (measured.log.strip().splitlines() or ["it printed nothing"])[-1]
-        return {**row, "note": f"failed ({measured.code}): {last[:150]}"}
+        return {**row, **measured.failure}
     counts = {"blocks": report["n_blocks"], "empty": report["n_skipped_blocks"], "objects": report["n_objects"]}
     stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report["seconds"].items())
     return {**row, **counts, "note": stages}

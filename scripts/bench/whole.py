@@ -77,7 +77,7 @@ def time_of_whole(folder: Path, side: int, cores: int) -> dict[str, Any]:
     measured, report = run_tiledseg(folder, path, {"diameter": DIAMETER}, cores)
     row: dict[str, Any] = {"slide": f"{side} x {side}", "whole s": measured.seconds}
     if not report:
-        return {**row, "ratio": float("nan"), "note": f"failed ({measured.code}): {measured.log[-150:]}"}
+        return {**row, "ratio": float("nan"), **measured.failure}
     network_s, n_tiles = bare_network_s(path, report["percentiles"], cores)
     stages = {stage: report["seconds"][stage] for stage in ("flows", "masks", "stitch", "publish")}
     return {
