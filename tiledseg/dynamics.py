@@ -158,6 +158,7 @@ def finish_masks(
     *,
     flow_threshold: float,
     min_size: int,
+    spared: Labels | None = None,
     cores: Cores = ALONE,
     device: str = "cpu",
 ) -> npt.NDArray[np.uint32]:
@@ -169,6 +170,9 @@ def finish_masks(
         From :func:`gather_pixels`.
     flows, flow_threshold, min_size, cores, device
         As for :func:`compute_masks`.
+    spared : array of int32, shape (n,), optional
+        Labels that are not held against the flow threshold: of objects that the block shows in part, and
+        whose shape cannot agree for that.
 
     Returns
     -------
@@ -183,7 +187,10 @@ def finish_masks(
             errors = flow_errors(gathered, flows, boxes, cores)
         else:
             errors = gpu.flow_errors(gathered, flows, boxes, device)
-        is_kept &= errors <= flow_threshold
+        does_agree = errors <= flow_threshold
+        if spared is not None:
+            does_agree[spared - 1] = True
+        is_kept &= does_agree
     # Filling takes no pixel from another object and adds none before an object's first: no object
     # becomes too small (Cellpose looks again) and the numbering stays in order.
     return fill_holes(renumber(gathered, is_kept), cores).view(np.uint32)

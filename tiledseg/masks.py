@@ -107,25 +107,25 @@ def _labels_of(job: Job, block: Block) -> tuple[LabelArray, Block, int]:
     """Labels of a block with its halo, the block with the halo it took, and the objects that cut.
 
     Whether an object is cut is asked, and counted, before any is dropped: one that is cut off disagrees
-    with the flow and might be dropped for that alone. With an automatic halo the block is then seen
-    with a larger one.
+    with the flow and would be dropped for that alone. With an automatic halo the block is then seen
+    with a larger one; what is still cut is kept whatever its flow, for the stitcher to link.
     """
     grid, masks = job.blocks, job.settings.masks
     for grown in _growing(job, block):
         values, nearest = _values_of(job, grown.padded)
         with idle_device(job.device) as device:
             gathered = process_block(values, masks, job.niter, device)
-        n_cut = _cut_by_halo(_at_pixels(gathered, nearest), grown, grid.shape).size
-        if n_cut == 0:
+        cut = _cut_by_halo(_at_pixels(gathered, nearest), grown, grid.shape)
+        if not cut.size:
             break
     # Without resampling objects are measured on the network's grid.
     min_size = masks.min_size if nearest is None else round(masks.min_size * float(np.prod(job.working.scale)))
     threshold = masks.flow_threshold
     with idle_device(job.device) as device:
         finished = finish_masks(
-            gathered, values[:-1], flow_threshold=threshold, min_size=min_size, cores=CORES, device=device
+            gathered, values[:-1], flow_threshold=threshold, min_size=min_size, spared=cut, cores=CORES, device=device
         )
-    return _at_pixels(finished, nearest), grown, n_cut
+    return _at_pixels(finished, nearest), grown, cut.size
 
 
 def _growing(job: Job, block: Block) -> Iterator[Block]:
