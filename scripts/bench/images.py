@@ -85,3 +85,21 @@ def mosaic(side: int | None = None) -> Example:
         return Example("mosaic_fluo", image, truth, MOSAIC_DIAMETER)
     middle = tuple(slice((n - side) // 2, (n - side) // 2 + side) for n in image.shape)
     return Example(f"mosaic_fluo {side}", image[middle], truth[middle], MOSAIC_DIAMETER)
+
+
+def mosaic_corners(side: int) -> list[Example]:
+    """Squares from the four corners of the real mosaic.
+
+    Raises
+    ------
+    SettingsError
+        As `mosaic`.
+    """
+    whole = mosaic()
+    found = []
+    for name, y, x in (("top left", 0, 0), ("top right", 0, 1), ("bottom left", 1, 0), ("bottom right", 1, 1)):
+        corner = tuple(
+            slice(at * (n - side), at * (n - side) + side) for at, n in zip((y, x), whole.image.shape, strict=True)
+        )
+        found.append(Example(f"{whole.name} {name}", whole.image[corner], whole.truth[corner], whole.diameter))
+    return found
