@@ -33,6 +33,7 @@ from tiledseg.grid import Lattice, WorkingGrid
 from tiledseg.images import open_image
 from tiledseg.networks.models import find_model
 from tiledseg.networks.runner import load_network, torch_threads_kept
+from tiledseg.normalisation import WholeRange
 from tiledseg.omezarr import write_image
 from tiledseg.working import plane_shape, read_tile
 
@@ -49,14 +50,14 @@ def bare_network_s(path: Path, percentiles: tuple[float, float], n_threads: int)
     image, model = open_image(path), find_model("tiledseg-nuclei")
     working = WorkingGrid.for_diameter(plane_shape(image), DIAMETER, model.diam_mean)
     lattice = Lattice(working.shape, model.tile, model.stride)
-    network = load_network(model, "cpu")
+    network, whole_range = load_network(model, "cpu"), WholeRange(*percentiles)
     tiles = itertools.product(*(range(n) for n in lattice.counts))
     seconds = 0.0
     with torch_threads_kept(), ThreadPoolExecutor(n_threads) as pool:
 
         def read(tile: tuple[int, ...]) -> np.ndarray:
             inputs = np.zeros((1, model.n_channels, model.tile, model.tile), np.float32)
-            inputs[0, 0] = read_tile(image, 0, working, lattice.tile_region(tile), percentiles)
+            inputs[0, 0] = read_tile(image, 0, working, lattice.tile_region(tile), whole_range)
             return inputs
 
         list(pool.map(network.predict, [read((0, 0))] * 2 * n_threads))  # warm
