@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .job import Diameter
-    from .pipeline import Report, Segmentation, estimate_diameter, segment
+    from .pipeline import Report, Segmentation, estimate_diameter, preview, segment
     from .scoring import Comparison, compare
 
-__all__ = ["Comparison", "Diameter", "Report", "Segmentation", "compare", "estimate_diameter", "segment"]
+__all__ = ["Comparison", "Diameter", "Report", "Segmentation", "compare", "estimate_diameter", "preview", "segment"]
 
 _HOMES = {
     "Comparison": "scoring",
@@ -29,6 +29,7 @@ _HOMES = {
     "Segmentation": "pipeline",
     "compare": "scoring",
     "estimate_diameter": "pipeline",
+    "preview": "pipeline",
     "segment": "pipeline",
 }
 

@@ -143,7 +143,7 @@ class Executor(Protocol):
 
 
 class ThreadExecutor:
-    """Threads of this process: no start-up, for images of a few blocks."""
+    """Threads of this process: no start-up, for images of a few blocks and machines of a few cores."""
 
     in_process = True
 
@@ -313,10 +313,15 @@ def _devices(workers: int | None, device: str) -> list[str | None]:
 
 def crew_of(workers: int | None, device: str, small: bool) -> Crew:
     """Who would work, with neither client nor scheduler given; starts nothing. See `connect`."""
-    if small and workers is None:
+    if _stays_here(workers, device, small):
         return ThreadExecutor(n_cores()).crew
     n_workers = len(_devices(workers, device))
     return Crew(n_workers, max(1, n_cores() // n_workers), machine_bytes=machine_memory())
+
+
+def _stays_here(workers: int | None, device: str, small: bool) -> bool:
+    """Whether threads of this process do the work: a single process beside it would only cost its start."""
+    return workers is None and (small or len(_devices(None, device)) == 1)
 
 
 @contextlib.contextmanager
@@ -387,7 +392,8 @@ def connect(
     scheduler : str, optional
         Address or scheduler file.
     workers : int, optional
-        Processes on this machine; default one for every four cores, one per GPU.
+        Processes on this machine; default one for every four cores, one per GPU, and where that is one,
+        this process.
     device : str
         Setting of the run.
     small : bool
@@ -409,7 +415,7 @@ def connect(
             yield DaskExecutor(_as_client(client, stack))
         elif scheduler is not None:
             yield DaskExecutor(stack.enter_context(_remote_client(scheduler)))
-        elif small and workers is None:
+        elif _stays_here(workers, device, small):
             yield ThreadExecutor(n_cores())
         else:
             yield DaskExecutor(stack.enter_context(_local_client(workers, device)))

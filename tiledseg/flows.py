@@ -13,21 +13,25 @@ Parallel over
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
-from .grid import Index, Lattice
+from .grid import Index, Lattice, region_shape, shift
 from .job import CELLPROB_FLOOR, Job
 from .networks.runner import load_network
 from .progress import Progress
-from .working import read_tile
+from .working import pixels_to_read, read_tile
 
-__all__ = ["compute_chunk", "process_block", "run"]
+__all__ = ["PIXELS_AT_ONCE", "compute_chunk", "process_block", "run"]
 
 FloatArray = npt.NDArray[np.float32]
+
+PIXELS_AT_ONCE = 2**22
+"""Of a level of the image that are read at once for the tiles of a chunk."""
 
 
 def process_block(outputs: dict[Index, FloatArray], lattice: Lattice, chunk: Index) -> npt.NDArray[np.float16]:
@@ -68,17 +72,32 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
     wanted = [tile for tile in tiles if job.may_hold_cells(working.region_in_image(lattice.tile_region(tile)))]
     if wanted:
         network = load_network(job.model, job.device)
-        normalisation = job.normalisation
         outputs: dict[Index, FloatArray] = {}
+        pixels = _read_tiles(job, wanted)
         for start in range(0, len(wanted), network.batch):
             batch = wanted[start : start + network.batch]
             inputs = np.zeros((len(batch), job.model.n_channels, lattice.tile, lattice.tile), np.float32)
-            for i, tile in enumerate(batch):
-                inputs[i, 0] = read_tile(job.image, job.channel, working, lattice.tile_region(tile), normalisation)
+            for values, read in zip(inputs, pixels, strict=False):
+                values[0] = read
             predicted, _ = network.predict(inputs)
             outputs.update(zip(batch, predicted, strict=True))
         job.store.open("flows.zarr")[chunk] = process_block(outputs, lattice, chunk)
     return {"n_tiles": len(wanted), "n_skipped": len(tiles) - len(wanted), "peak": peak_memory()}
+
+
+def _read_tiles(job: Job, tiles: list[Index]) -> Iterator[FloatArray]:
+    """The normalised pixels of some tiles of a chunk, read together where that is not too much: tiles
+    overlap, and storage chunks are larger than tiles."""
+    lattice, working = job.lattice, job.working
+    regions = [lattice.tile_region(tile) for tile in tiles]
+    around = tuple(slice(min(p.start for p in axis), max(p.stop for p in axis)) for axis in zip(*regions, strict=True))
+    together = math.prod(pixels_to_read(job.image, working, region_shape(around))) <= PIXELS_AT_ONCE
+    whole = read_tile(job.image, job.channel, working, around, job.normalisation) if together else None
+    for region in regions:
+        if whole is not None:
+            yield whole[shift(region, tuple(p.start for p in around))]
+        else:
+            yield read_tile(job.image, job.channel, working, region, job.normalisation)
 
 
 def run(job: Job, executor: Executor, progress: Progress) -> dict[str, int]:

@@ -163,11 +163,12 @@ def segment(
     segmenter : callable, optional
         A function that finds the cells in place of the network, see Notes.
     client : distributed.Client or cluster, optional
-        Where to work. Default: this process for images of a few blocks, else processes made here.
+        Where to work. Default: processes made here, one for every four cores or one per GPU; this process
+        where that is one, or the image has a few blocks only.
     scheduler : str, optional
         Address or scheduler file of a running Dask scheduler.
     workers : int, optional
-        Number of processes to make here.
+        Number of processes to make here, also if it is one.
     scratch : path, optional
         Folder for what is in between, reachable by all workers. Default: beside the output.
     restart : bool

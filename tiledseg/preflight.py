@@ -23,6 +23,7 @@ from typing import Any
 from .cluster import Crew, n_cores
 from .config import Settings
 from .errors import OutputError, SettingsError
+from .flows import PIXELS_AT_ONCE
 from .grid import BlockGrid, Index, Lattice, WorkingGrid
 from .images import Image
 from .job import halo_of
@@ -30,8 +31,9 @@ from .networks.models import Model
 from .publish import REGION as PUBLISH_REGION
 from .runs import Place
 from .segmenters import Segmenter
+from .stitch import merge_memory
 from .survey import REGION as SURVEY_REGION
-from .working import plane_axes, plane_shape, source_level
+from .working import pixels_to_read, plane_axes, plane_shape, source_level
 
 __all__ = ["Needs", "Preflight", "size_text"]
 
@@ -48,7 +50,7 @@ SURVEY_PIXEL = 28
 FLOWS_BYTES = 128 * MIB
 """Of the forward pass, and the tiles of a chunk; 74 MiB with the half-width network."""
 FLOWS_PIXEL = 16
-"""Per pixel of the level that a tile is read from, besides the image's own."""
+"""Per pixel of the level that tiles are read from, besides the image's own."""
 MASKS_PIXEL = 100
 """Per pixel that flows are followed in, of a block with its halo; 58 to 66, 90 in small blocks."""
 MASKS_WORKING_PIXEL = 32
@@ -61,13 +63,6 @@ PUBLISH_PIXEL = 60
 """Per pixel of a region that is published; 30 to 45 with one channel of uint16."""
 PUBLISH_CHANNEL_PIXEL = 20
 """Per pixel and channel there, besides the image's own."""
-LINK_BYTES = 100
-"""Per object that two blocks see, while blocks are stitched."""
-LABEL_BYTES = 80
-"""Per label of one row of blocks, then."""
-BLOCK_BYTES = 400
-"""Per block, then."""
-
 SMALLEST_BLOCK = 64
 """That is ever advised."""
 LARGE_CHUNK = 64 * MIB
@@ -246,7 +241,7 @@ class Preflight:
             n_followed = n_pixels if masks.resample else n_working
             yield "survey", max(_survey_bytes(image, level) for level in range(len(image.levels)))
             if working is not None:
-                yield "flows", FLOWS_BYTES + _tile_bytes(image, self.labeller, working)
+                yield "flows", FLOWS_BYTES + _tiles_bytes(image, self.labeller, working)
             yield "masks", TASK_BYTES + MASKS_PIXEL * n_followed + MASKS_WORKING_PIXEL * n_working + 8 * n_pixels
         yield "stitch", TASK_BYTES + _stitch_bytes(blocks, n_objects, self.crew.n_threads)
         region = tuple(min(n, PUBLISH_REGION) for n in blocks.shape)
@@ -347,13 +342,13 @@ def _survey_bytes(image: Image, level: int) -> int:
     return TASK_BYTES + SURVEY_PIXEL * math.prod(wide) + _reading(image, level, wide, 1)
 
 
-def _tile_bytes(image: Image, model: Model, working: WorkingGrid) -> int:
-    """Memory to read one tile from the level of the pyramid that is just finer than the working grid."""
-    level = source_level(image, working)
-    ratio = [image.levels[level].scale[image.spatial_axes.index(axis)] for axis in plane_axes(image)]
-    sides = zip(plane_shape(image, level), working.scale, ratio, strict=True)
-    read = tuple(min(n, math.ceil(model.tile / (s * r)) + 2) for n, s, r in sides)
-    return FLOWS_PIXEL * math.prod(read) + _reading(image, level, read, 1)
+def _tiles_bytes(image: Image, model: Model, working: WorkingGrid) -> int:
+    """Memory to read the tiles of a chunk, at once or one by one, from the level just finer than the working grid."""
+    lattice = Lattice(working.shape, model.tile, model.stride)
+    sides = (pixels_to_read(image, working, of) for of in (lattice.piece_shape, (model.tile,) * len(working.shape)))
+    piece, tile = sides
+    read = piece if math.prod(piece) <= PIXELS_AT_ONCE else tile
+    return FLOWS_PIXEL * math.prod(read) + _reading(image, source_level(image, working), read, 1)
 
 
 def _stitch_bytes(blocks: BlockGrid, n_objects: int, n_threads: int) -> int:
@@ -369,7 +364,7 @@ def _stitch_bytes(blocks: BlockGrid, n_objects: int, n_threads: int) -> int:
     share_of_twice_seen = min(1.0, seams * 2 * blocks.halo[0])
     n_labels = math.ceil(n_objects * (1 + 2 * share_of_twice_seen) / blocks.counts[0])
     n_links = math.ceil(n_objects * 2 * share_of_twice_seen)
-    merging = LINK_BYTES * n_links + LABEL_BYTES * n_labels + BLOCK_BYTES * blocks.n_blocks
+    merging = merge_memory(n_labels, n_links, blocks.n_blocks)
     return max(STITCH_PIXEL * n_shared if blocks.n_blocks > 1 else 0, math.ceil(merging / n_threads))
 
 

@@ -18,6 +18,7 @@ from .images import Image, Level
 from .normalisation import Normalisation
 
 __all__ = [
+    "pixels_to_read",
     "plane_axes",
     "plane_region",
     "plane_shape",
@@ -104,6 +105,14 @@ def source_level(image: Image, grid: WorkingGrid) -> int:
         if all(r * s <= 1 + 1e-3 for r, s in zip(scale, grid.scale, strict=True)):
             best = i
     return best
+
+
+def pixels_to_read(image: Image, grid: WorkingGrid, sides: Index) -> Index:
+    """Sides in pixels of the level that is read for a region of the working grid of these sides, at most."""
+    source = source_level(image, grid)
+    scale, _ = _level_scale(image, image.levels[source])
+    parts = zip(plane_shape(image, source), sides, grid.scale, scale, strict=True)
+    return tuple(min(n, math.ceil(side / (s * r)) + 2) for n, side, s, r in parts)
 
 
 def read_tile(
