@@ -158,7 +158,7 @@ def test_scale(tmp_path: Path) -> None:
 
 def test_scale_judges_the_largest_beside_the_smallest() -> None:
     scale = script("scale")
-    first = {"size": "4096²", "worker MiB": 900.0, "client MiB": 800.0, "objects": 10}
-    for worker, client, n_missed in ((980.0, 990.0, 0), (1000.0, 990.0, 1), (1000.0, 1001.0, 2)):
-        last = {"size": "8192²", "worker MiB": worker, "client MiB": client, "objects": 40}
+    first = {"size": "4096²", "worker MiB": 900.0, "client MiB": 800.0, "foreseen MiB": 1100.0, "objects": 10}
+    for worker, client, n_missed in ((980.0, 990.0, 0), (1000.0, 990.0, 1), (1000.0, 1001.0, 2), (1101.0, 1001.0, 3)):
+        last = {**first, "size": "8192²", "worker MiB": worker, "client MiB": client, "objects": 40}
         assert sum(not target.is_met for target in scale.targets_of([first, last])) == n_missed
