@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -97,3 +99,47 @@ def test_the_number_of_cores_can_change() -> None:
     with cores.task():
         cores.run(crowd.work, range(30))
     assert crowd.most == 3
+
+
+def test_a_core_that_comes_free_joins() -> None:
+    cores, crowd = Cores(2), Crowd(0.01)
+    threads: list[int] = []
+
+    def work(piece: int) -> None:
+        threads.append(threading.get_ident())
+        crowd.work(piece)
+
+    begun = threading.Event()
+
+    def begin() -> None:
+        with cores.task():
+            begun.set()
+            time.sleep(0.05)
+
+    other = threading.Thread(target=begin)
+    other.start()
+    begun.wait()
+    with cores.task():
+        cores.run(work, range(30))
+    other.join()
+    assert len(set(threads[:3])) == 1
+    assert len(set(threads)) == 2
+    assert crowd.most == 2
+
+
+def test_what_was_worked_on_is_free_at_once() -> None:
+    """No cycle of references holds a block's arrays until the garbage collector comes by."""
+
+    class Block:
+        pass
+
+    cores, block = Cores(2), Block()
+    watched = weakref.ref(block)
+    gc.disable()
+    try:
+        with cores.task():
+            cores.run(lambda piece, block=block: (piece, id(block)), range(5))
+        del block
+        assert watched() is None
+    finally:
+        gc.enable()

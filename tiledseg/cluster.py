@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from .cores import CORES
 from .errors import ClusterError, DeviceError, SettingsError, TiledsegError
+from .malloc import give_back_freed_memory
 from .store import as_output_error
 
 __all__ = ["Crew", "Executor", "connect", "crew_of", "n_cores", "peak_memory", "resolve_device"]
@@ -110,8 +111,11 @@ class Crew:
 
 def _run_task(function: Function, item: Item, *args: Any) -> Any:
     """Run a task on a core that it takes for itself."""
-    with CORES.task():
-        return function(item, *args)
+    try:
+        with CORES.task():
+            return function(item, *args)
+    finally:
+        give_back_freed_memory()
 
 
 def _run_on_worker(function: Function, item: Item, *args: Any) -> Any:
@@ -335,6 +339,8 @@ def _local_client(workers: int | None, device: str) -> Iterator[Any]:
         "memory_limit": 0,  # blocks bound the memory; a limit guessed here would kill workers instead
         "dashboard": False,
         "silence_logs": logging.CRITICAL,
+        # Without a dashboard nobody sees the profile, which grows with time.
+        "config": {"distributed.worker.profile.enabled": False},
     }
     specs = {
         i: {"cls": Nanny, "options": {**options, "env": {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}}}

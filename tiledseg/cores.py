@@ -53,37 +53,31 @@ class Cores:
         """``[function(piece) for piece in pieces]`` on this thread and as many as are free.
 
         Called within :meth:`task`. The function must release the GIL, and what it does for one
-        piece must not depend on the others.
+        piece must not depend on the others. Cores that come free meanwhile join before the next piece.
         """
-        queue = iter(enumerate(pieces))
-        results: dict[int, Any] = {}
-        taking = threading.Lock()
-
-        def work(is_borrowed: bool) -> None:
-            try:
-                while not (is_borrowed and self._n_free < 0):
-                    with taking:
-                        number, piece = next(queue, (-1, None))
-                    if number < 0:
-                        break
-                    results[number] = function(piece)
-            finally:
-                if is_borrowed:
-                    with self._lock:
-                        self._n_free += 1
-
-        borrowed = self._borrow(work)
+        todo = _Todo(function, pieces)
+        borrowed = self._borrow(todo)
         try:
-            work(False)
+            while todo.do_next():
+                borrowed += self._borrow(todo)
         finally:
             # Also after an error: nothing may still write to the caller's arrays.
             errors = [future.exception() for future in borrowed]
         for error in errors:
             if error is not None:
                 raise error
-        return [results[number] for number in sorted(results)]
+        return [todo.results[number] for number in sorted(todo.results)]
 
-    def _borrow(self, work: Callable[[bool], None]) -> list[Future[None]]:
+    def _help(self, todo: _Todo) -> None:
+        """Do pieces on a borrowed core until it is wanted back."""
+        try:
+            while self._n_free >= 0 and todo.do_next():
+                pass
+        finally:
+            with self._lock:
+                self._n_free += 1
+
+    def _borrow(self, todo: _Todo) -> list[Future[None]]:
         """Start a helper on every free core."""
         with self._lock:
             n_borrowed = max(0, self._n_free)
@@ -93,7 +87,26 @@ class Cores:
             helpers = self._helpers
         if helpers is None:
             return []
-        return [helpers.submit(work, True) for _ in range(n_borrowed)]
+        return [helpers.submit(self._help, todo) for _ in range(n_borrowed)]
+
+
+class _Todo:
+    """Pieces that several threads take from, and what came of them."""
+
+    def __init__(self, function: Callable[[Any], Any], pieces: Iterable[Any]) -> None:
+        self.results: dict[int, Any] = {}
+        self._function = function
+        self._queue = iter(enumerate(pieces))
+        self._taking = threading.Lock()
+
+    def do_next(self) -> bool:
+        """Do a piece on this thread; whether there was one."""
+        with self._taking:
+            number, piece = next(self._queue, (-1, None))
+        if number < 0:
+            return False
+        self.results[number] = self._function(piece)
+        return True
 
 
 CORES = Cores(1)
