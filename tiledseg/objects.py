@@ -45,6 +45,25 @@ def flat_steps(sides: Any) -> Any:
     return steps
 
 
+@_jit
+def _to_next_row(index: Any, sides: Any) -> None:
+    """Advance the index of a row in C order; its last axis stays as it is."""
+    for axis in range(sides.size - 2, -1, -1):
+        index[axis] += 1
+        if index[axis] < sides[axis]:
+            break
+        index[axis] = 0
+
+
+@_jit
+def _run_end(flat: Any, start: int, stop: int) -> int:
+    """One past the last index of the run of equal values that begins at `start`."""
+    end = start + 1
+    while end < stop and flat[end] == flat[start]:
+        end += 1
+    return end
+
+
 def object_extents(labels: IntArray, n_labels: int) -> tuple[Boxes, npt.NDArray[np.int64]]:
     """Bounding box and size of every label, in one pass.
 
@@ -85,11 +104,8 @@ def _extents(flat: Any, shape: Any, boxes: Any, sizes: Any) -> None:
     for row in range(0, flat.size, max(width, 1)):
         k = 0
         while k < width:
-            label = flat[row + k]
-            start = k
-            k += 1
-            while k < width and flat[row + k] == label:
-                k += 1
+            label, start = flat[row + k], k
+            k = _run_end(flat, row + k, row + width) - row
             if label <= 0:
                 continue
             sizes[label - 1] += k - start
@@ -99,11 +115,7 @@ def _extents(flat: Any, shape: Any, boxes: Any, sizes: Any) -> None:
                 box[1, axis] = max(box[1, axis], index[axis] + 1)
             box[0, ndim - 1] = min(box[0, ndim - 1], start)
             box[1, ndim - 1] = max(box[1, ndim - 1], k)
-        for axis in range(ndim - 2, -1, -1):
-            index[axis] += 1
-            if index[axis] < shape[axis]:
-                break
-            index[axis] = 0
+        _to_next_row(index, shape)
 
 
 @_jit
@@ -128,11 +140,7 @@ def box_pixels(flat: Any, shape: Any, box: Any, label: int) -> Any:
                 where[n_pixels] = at + k
                 local[n_pixels] = in_box + k
                 n_pixels += 1
-        for axis in range(ndim - 2, -1, -1):
-            index[axis] += 1
-            if index[axis] < sides[axis]:
-                break
-            index[axis] = 0
+        _to_next_row(index, sides)
     return where[:n_pixels], local[:n_pixels]
 
 
@@ -247,11 +255,7 @@ def _may_enclose(flat: Any, shape: Any, box: Any, label: int) -> bool:
                 has_begun = True
             elif value == 0 and has_begun:
                 has_gap = True
-        for axis in range(ndim - 2, -1, -1):
-            index[axis] += 1
-            if index[axis] < sides[axis]:
-                break
-            index[axis] = 0
+        _to_next_row(index, sides)
     return False
 
 
@@ -327,11 +331,8 @@ def _measure_shapes(flat: Any, shape: Any, measured: Any) -> None:
     for row in range(0, flat.size, max(width, 1)):
         k = 0
         while k < width:
-            label = flat[row + k]
-            start = k
-            k += 1
-            while k < width and flat[row + k] == label:
-                k += 1
+            label, start = flat[row + k], k
+            k = _run_end(flat, row + k, row + width) - row
             if label <= 0:
                 continue
             n = k - start
@@ -345,11 +346,7 @@ def _measure_shapes(flat: Any, shape: Any, measured: Any) -> None:
             found[1 + ndim] += n * (n - 1) // 2
             found[1 + 3 * ndim] = max(found[1 + 3 * ndim], k)
         index[ndim - 1] = 0
-        for axis in range(ndim - 2, -1, -1):
-            index[axis] += 1
-            if index[axis] < shape[axis]:
-                break
-            index[axis] = 0
+        _to_next_row(index, shape)
 
 
 @_jit
