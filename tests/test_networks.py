@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from tiledseg.errors import ModelError
-from tiledseg.networks.models import WEIGHTS, SizeModel, find_model
+from tiledseg.networks.models import WEIGHTS, find_model
 from tiledseg.networks.runner import Network, load_network
-from tiledseg.networks.unet import ResidualUNet, fold_norms, read_state, unet_of
+from tiledseg.networks.size import SizeModel
+from tiledseg.networks.unet import ResidualUNet, prepare_to_predict, read_state, unet_of
 
 
 def random_tiles(n: int) -> np.ndarray:
@@ -57,7 +58,7 @@ def test_the_model_card_tells_the_figures_of_the_training_script() -> None:
 
 
 @pytest.mark.parametrize("is_trained", [True, False])
-def test_folded_norms_change_outputs_by_rounding_only(is_trained: bool) -> None:
+def test_preparing_a_network_changes_outputs_by_rounding_only(is_trained: bool) -> None:
     torch.manual_seed(3)
     path = find_model("tiledseg-nuclei").path
     net = unet_of(read_state(path), path) if is_trained else ResidualUNet((2, 8, 16, 24, 32))
@@ -73,7 +74,7 @@ def test_folded_norms_change_outputs_by_rounding_only(is_trained: bool) -> None:
     with torch.inference_mode():
         before = net(tiles)
     n_norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
-    fold_norms(net)
+    prepare_to_predict(net)
     assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules()) == n_norms - 20
     with torch.inference_mode():
         after = net(tiles)
@@ -131,7 +132,7 @@ def test_a_model_file_cannot_run_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not a model", b"PK\x03\x04broken"])
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "broken").write_bytes(content)
-    with pytest.raises(ModelError, match=r"broken cannot be read as weights; give a Cellpose 1-3 model file"):
+    with pytest.raises(ModelError, match=r"broken cannot be read as weights; give a model file of Cellpose"):
         read_state(tmp_path / "broken")
 
 

@@ -12,15 +12,17 @@ Parallel over
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
-from .grid import Index, Lattice, region_shape, shift
+from .cores import CORES
+from .grid import Index, Lattice, Region, enclosing, region_shape, shift
 from .job import CELLPROB_FLOOR, Job
 from .networks.runner import load_network
 from .progress import Progress
@@ -69,35 +71,56 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
     lattice, working = job.lattice, job.working
     chunk = tuple(int(i) for i in np.unravel_index(number, lattice.chunk_counts))
     tiles = lattice.tiles_of(chunk)
-    wanted = [tile for tile in tiles if job.may_hold_cells(working.region_in_image(lattice.tile_region(tile)))]
+    seen = job.may_hold_cells([working.region_in_image(lattice.tile_region(tile)) for tile in tiles])
+    wanted = list(itertools.compress(tiles, seen))
     if wanted:
         network = load_network(job.model, job.device)
-        outputs: dict[Index, FloatArray] = {}
-        pixels = _read_tiles(job, wanted)
-        for start in range(0, len(wanted), network.batch):
-            batch = wanted[start : start + network.batch]
+        read = _reader(job, wanted)
+
+        def predict(batch: list[Index]) -> FloatArray:
             inputs = np.zeros((len(batch), job.model.n_channels, lattice.tile, lattice.tile), np.float32)
-            for values, read in zip(inputs, pixels, strict=False):
-                values[0] = read
-            predicted, _ = network.predict(inputs)
+            turn = _mirrored if job.settings.flows.augment else _as_it_is
+            for values, tile in zip(inputs, batch, strict=True):
+                values[0] = turn(read(lattice.tile_region(tile)), tile)
+            return np.stack(
+                [turn(output, tile) for output, tile in zip(network.predict(inputs)[0], batch, strict=True)]
+            )
+
+        batches = [wanted[start : start + network.batch] for start in range(0, len(wanted), network.batch)]
+        outputs: dict[Index, FloatArray] = {}
+        for batch, predicted in zip(batches, CORES.run(predict, batches), strict=True):
             outputs.update(zip(batch, predicted, strict=True))
         job.store.open("flows.zarr")[chunk] = process_block(outputs, lattice, chunk)
     return {"n_tiles": len(wanted), "n_skipped": len(tiles) - len(wanted), "peak": peak_memory()}
 
 
-def _read_tiles(job: Job, tiles: list[Index]) -> Iterator[FloatArray]:
-    """The normalised pixels of some tiles of a chunk, read together where that is not too much: tiles
+def _as_it_is(values: FloatArray, _: Index) -> FloatArray:
+    return values
+
+
+def _mirrored(values: FloatArray, tile: Index) -> FloatArray:
+    """A tile mirrored along the axes on which its index is odd; of outputs, the flow along them turns round."""
+    axes = [axis for axis, i in enumerate(tile) if i % 2]
+    values = np.flip(values, tuple(axis - len(tile) for axis in axes)).copy()
+    if values.ndim > len(tile):
+        values[axes] *= -1
+    return values
+
+
+def _reader(job: Job, tiles: list[Index]) -> Callable[[Region], FloatArray]:
+    """Gives the normalised pixels of some tiles of a chunk, read together where that is not too much: tiles
     overlap, and storage chunks are larger than tiles."""
     lattice, working = job.lattice, job.working
-    regions = [lattice.tile_region(tile) for tile in tiles]
-    around = tuple(slice(min(p.start for p in axis), max(p.stop for p in axis)) for axis in zip(*regions, strict=True))
-    together = math.prod(pixels_to_read(job.image, working, region_shape(around))) <= PIXELS_AT_ONCE
-    whole = read_tile(job.image, job.channel, working, around, job.normalisation) if together else None
-    for region in regions:
-        if whole is not None:
-            yield whole[shift(region, tuple(p.start for p in around))]
-        else:
-            yield read_tile(job.image, job.channel, working, region, job.normalisation)
+    normalisation = job.normalisation
+    around = enclosing([lattice.tile_region(tile) for tile in tiles])
+
+    def read(region: Region) -> FloatArray:
+        return read_tile(job.image, job.channel, working, region, normalisation)
+
+    if math.prod(pixels_to_read(job.image, working, region_shape(around))) > PIXELS_AT_ONCE:
+        return read
+    whole, origin = read(around), tuple(p.start for p in around)
+    return lambda region: whole[shift(region, origin)]
 
 
 def run(job: Job, executor: Executor, progress: Progress) -> dict[str, int]:

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,7 @@ __all__ = [
     "BlockGrid",
     "Lattice",
     "WorkingGrid",
+    "enclosing",
     "interpolate",
     "linear_weights",
     "overlap",
@@ -75,6 +76,11 @@ def overlap(a: Region, b: Region) -> Region | None:
     """Intersection of two regions, None if it is empty."""
     parts = tuple(slice(max(p.start, q.start), min(p.stop, q.stop)) for p, q in zip(a, b, strict=True))
     return parts if all(p.start < p.stop for p in parts) else None
+
+
+def enclosing(regions: Sequence[Region]) -> Region:
+    """The smallest region that holds all of some regions."""
+    return tuple(slice(min(p.start for p in axis), max(p.stop for p in axis)) for axis in zip(*regions, strict=True))
 
 
 @dataclass(frozen=True)
@@ -268,7 +274,7 @@ class Lattice:
         Side of a tile in working pixels.
     stride : int
         Distance between tiles; a multiple of the network's total pooling, so that all tiles see
-        the same phase, and more than half a tile, so that at most two overlap along an axis.
+        the same phase, and at least half a tile, so that at most two overlap along an axis.
     margin : int
         How far the first tile starts before the grid, and the last ends at least after it.
     tiles_per_chunk : int

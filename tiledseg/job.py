@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .config import Settings
 from .errors import SettingsError
-from .grid import BlockGrid, Index, Lattice, Region, WorkingGrid
+from .grid import BlockGrid, Index, Lattice, Region, WorkingGrid, enclosing, shift
 from .images import Image
 from .networks.models import Model
 from .normalisation import LocalRange, Normalisation, WholeRange
@@ -210,17 +211,19 @@ class Job:
             return int(masks.niter)
         return max(1, round(200 / min(self.working.scale))) if masks.resample else 200
 
-    def may_hold_cells(self, region: Region) -> bool:
-        """Whether the survey saw anything in a region of level 0, given in its pixels; a function
-        is asked everywhere."""
+    def may_hold_cells(self, regions: Sequence[Region]) -> list[bool]:
+        """Whether the survey saw anything in each of some neighbouring regions of level 0, given in its
+        pixels; a function is asked everywhere."""
         if self.segmenter is not None:
-            return True
+            return [True] * len(regions)
         found = self.found
-        if found.is_constant:
-            return False
-        if not found.foreground_cell:
-            return True
-        parts = tuple(
-            slice(int(p.start / c), math.ceil(p.stop / c)) for p, c in zip(region, found.foreground_cell, strict=True)
-        )
-        return bool(self.store.open("survey.zarr/foreground")[parts].any())
+        if found.is_constant or not found.foreground_cell:
+            return [not found.is_constant] * len(regions)
+        in_cells = [
+            tuple(slice(int(p.start / c), math.ceil(p.stop / c)) for p, c in zip(r, found.foreground_cell, strict=True))
+            for r in regions
+        ]
+        around = enclosing(in_cells)
+        foreground = self.store.open("survey.zarr/foreground")[around]
+        origin = tuple(part.start for part in around)
+        return [bool(foreground[shift(region, origin)].any()) for region in in_cells]

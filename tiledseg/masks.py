@@ -180,7 +180,7 @@ def label_block(number: int, job: Job) -> dict[str, Any]:
     """Task: label one block and keep what reaches into its core."""
     grid = job.blocks
     block = grid.at(grid.index_of(number))
-    if not job.may_hold_cells(block.padded):
+    if not any(job.may_hold_cells([block.padded])):
         job.store.save(f"{job.labels}/objects/{number}", np.array([0, 1], np.int64))
         return {"peak": peak_memory()}
     segmenter = job.segmenter
