@@ -20,6 +20,19 @@ settings.load_profile("tiledseg")
 Slide = tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint32]]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """An option for what takes minutes."""
+    parser.addoption("--slow", action="store_true", help="also run tests that take minutes or gigabytes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is slow unless it is asked for."""
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+
+
 @pytest.fixture(scope="session")
 def slide() -> Slide:
     """Picture and truth of 700 x 610 px with touching nuclei of 24 px."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -85,6 +86,21 @@ def test_chunks_are_read_whole(tmp_path: Path) -> None:
     strip = flight(tmp_path / "strip.tif", Crew(1, 1)).needs(30.0).task_bytes
     tifffile.imwrite(tmp_path / "tiles.tif", np.zeros((3000, 3000), np.uint16), tile=(256, 256))
     assert strip["flows"] - flight(tmp_path / "tiles.tif", Crew(1, 1)).needs(30.0).task_bytes["flows"] > 15 * MIB
+
+
+def test_a_large_network_counts_with_its_weights_and_its_attention(tmp_path: Path) -> None:
+    small = find_model("tiledseg-nuclei")
+    weights = tmp_path / "cpsam"
+    with weights.open("wb") as file:
+        file.truncate(GIB)
+    transformer = dataclasses.replace(small, path=weights, architecture="cpsam", tile=256, stride=208)
+    wider = dataclasses.replace(transformer, architecture="cpdino", tile=384, stride=320)
+    path = large(tmp_path / "a.zarr")
+    needs = [flight(path, Crew(1, 1), model, diameter=30).needs(30.0) for model in (small, transformer, wider)]
+    more = needs[1].process_bytes - needs[0].process_bytes
+    assert 2 * GIB < more < 3 * GIB
+    flows = [need.task_bytes["flows"] for need in needs]
+    assert flows[0] < flows[1] - 150 * 2**20 < flows[2] - 800 * 2**20
 
 
 def test_a_function_needs_no_network(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ __all__ = ["main"]
 
 MISUSED = 2
 DIFFERENT = 1
+UNREAD = 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,11 +50,16 @@ def _run(options: argparse.Namespace) -> int:
     """Run the chosen command; its errors become one sentence."""
     try:
         code: int = options.command(options)
+        sys.stdout.flush()
     except TiledsegError as error:
         if options.debug:
             raise
         print(f"tiledseg: {error}", file=sys.stderr)
         return MISUSED
+    except BrokenPipeError:
+        # Whoever read the output, as `head`, has seen enough; Python would write the rest when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except KeyboardInterrupt:
         print("tiledseg: interrupted; the same command again continues.", file=sys.stderr)
         return 130
@@ -91,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         "--seams", type=int, metavar="BLOCK", help="score objects that cross an edge of such blocks apart"
     )
     compare.add_argument("--exact", action="store_true", help="only say whether they are bit-identical")
+
+    _add(commands, "models", _models, "list the models that have a name")
 
     demo = _add(commands, "demo", _demo, "segment a real and a synthetic image, and score it")
     demo.add_argument("-o", "--output", metavar="DIR", default="tiledseg-demo", help="folder for the results")
@@ -230,6 +239,12 @@ def _compare(options: argparse.Namespace) -> int:
     return _show(found.as_dict(), options.json, _comparison_text)
 
 
+def _models(options: argparse.Namespace) -> int:
+    from .networks.models import list_models
+
+    return _show({"models": list(list_models())}, options.json, _models_text)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from .demo import run_demo
 
@@ -259,6 +274,15 @@ def _show(facts: dict[str, Any], as_json: bool, text: Any) -> int:
         for line in text(facts):
             print(line)
     return 0
+
+
+def _models_text(facts: dict[str, Any]) -> list[str]:
+    """A paragraph per model."""
+    lines = []
+    for model in facts["models"]:
+        state = model["path"] if model["is_here"] else f"not here; belongs to {model['path']}"
+        lines += [f"{model['name']:<16} {model['purpose']}", f"{'':<16} {model['licence']}", f"{'':<16} {state}"]
+    return lines
 
 
 def _diameter_text(found: dict[str, Any]) -> str:

@@ -135,9 +135,21 @@ class FlowsConfig:
     device: str = _option(
         "auto", "'auto' takes a GPU if there is one; 'cuda' insists on it", choices=("auto", "cpu", "cuda")
     )
+    tile_overlap: float = _option(
+        0.1,
+        "by how much the network's tiles overlap: 1 + 2 X times as many lie along an axis as would side by side; "
+        "more smooths over cells that a tile cuts, and takes longer",
+        "X",
+    )
+    augment: bool = _option(
+        False,
+        "ask the network with tiles that overlap by half, every second one mirrored, and average: "
+        "steadier outlines, for nearly three times as many tiles; tile_overlap does not count then",
+    )
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _number("tile_overlap", self.tile_overlap, 0.05, 0.45)
 
 
 @dataclass(frozen=True)

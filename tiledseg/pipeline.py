@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ __all__ = ["Report", "Segmentation", "estimate_diameter", "preview", "segment"]
 logger = logging.getLogger(__name__)
 
 FEW_BLOCKS = 4
+HALF_A_TILE = 0.5
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,6 @@ class Segmentation:
 
     Attributes
     ----------
-    labels : dask.array.Array of uint32
-        Labels of level 0, axes of the image without the channel; lazy where they are on disk.
     report : Report
     path : Path or None
         Folder of the published label image.
@@ -121,11 +121,25 @@ class Segmentation:
         The object table on disk.
     """
 
-    labels: Any
     report: Report
     path: Path | None
     table_path: Path | None
     _job: Job = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def labels(self) -> Any:
+        """Labels of level 0, a dask.array.Array of uint32; axes of the image without the channel.
+
+        Lazy where they are on disk.
+        """
+        import dask.array
+
+        job = self._job
+        if job.plan is not None:
+            return dask.array.from_zarr(level_array(job.plan, 0))
+        labels = job.store.open(f"{job.labels}/published")
+        shape = [n for n, axis in zip(job.image.shape, job.image.axes, strict=True) if axis != "c"]
+        return dask.array.from_array(labels.reshape(shape), chunks="auto", name=False)
 
     @property
     def table(self) -> Any:
@@ -276,18 +290,7 @@ def _run(job: Job, preflight: Preflight, run_id: str, executor: Executor, progre
         **facts,
     )
     path = None if place.plan is None else place.plan.path
-    return Segmentation(_lazy_labels(job), report, path, place.table, job)
-
-
-def _lazy_labels(job: Job) -> Any:
-    """Level 0 as a dask array."""
-    import dask.array
-
-    if job.plan is not None:
-        return dask.array.from_zarr(level_array(job.plan, 0))
-    labels = job.store.open(f"{job.labels}/published")
-    shape = [n for n, axis in zip(job.image.shape, job.image.axes, strict=True) if axis != "c"]
-    return dask.array.from_array(labels.reshape(shape), chunks="auto", name=False)
+    return Segmentation(report, path, place.table, job)
 
 
 def _open(
@@ -308,7 +311,13 @@ def _open(
         )
     if segmenter is not None:
         return opened, channel, Segmenter.of(segmenter, takes_all)
-    return opened, channel, find_model(settings.flows.model)
+    return opened, channel, _model_of(settings)
+
+
+def _model_of(settings: Settings) -> Model:
+    """The network, with its tiles as far apart as the settings say."""
+    flows = settings.flows
+    return find_model(flows.model, HALF_A_TILE if flows.augment else flows.tile_overlap)
 
 
 def _n_blocks(image: Image, settings: Settings) -> int:
@@ -413,7 +422,7 @@ def preview(
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
     crew = _crew(client, scheduler, workers, chosen, is_small)
     device = "cpu" if chosen.flows.device == "cpu" else resolve_device("auto")
-    diameter = _expected_diameter(opened, chosen, find_model(chosen.flows.model), place)
+    diameter = _expected_diameter(opened, chosen, _model_of(chosen), place)
     preflight = Preflight(opened, chosen, model, place, crew, device)
     refused = None
     try:

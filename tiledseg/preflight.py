@@ -49,6 +49,11 @@ SURVEY_PIXEL = 28
 """Per pixel of a region of the survey, besides the image's own; 19 to 21."""
 FLOWS_BYTES = 128 * MIB
 """Of the forward pass, and the tiles of a chunk; 74 MiB with the half-width network."""
+LOADING = 2.25
+"""Of the size of a transformer's file, to load it: as it is stored, and as it is used; 2.15."""
+ATTENTION_BYTES = 192
+"""Of the forward pass of a transformer, for each pair of its patches of 8 x 8 pixels; 190 with cpsam."""
+PATCH = 8
 FLOWS_PIXEL = 16
 """Per pixel of the level that tiles are read from, besides the image's own."""
 MASKS_PIXEL = 100
@@ -191,7 +196,7 @@ class Preflight:
                 disk += 2 * (len(shape) + 1) * math.prod(lattice.chunk_counts) * math.prod(lattice.piece_shape)
         labels = 4 * blocks.n_blocks * math.prod(blocks.padded_shape)
         on_disk = self.place.scratch is not None
-        process = PROCESS_BYTES + (CUDA_BYTES if self.device == "cuda" else 0)
+        process = PROCESS_BYTES + (CUDA_BYTES if self.device == "cuda" else 0) + self._loading_bytes()
         return Needs(
             diameter=diameter,
             halo=blocks.halo[0],
@@ -208,6 +213,12 @@ class Preflight:
             n_threads=self.crew.n_threads,
             client_bytes=0 if self.crew.in_process else PROCESS_BYTES,
         )
+
+    def _loading_bytes(self) -> int:
+        """Memory to load a network that is large beside all else."""
+        if isinstance(self.labeller, Segmenter) or self.labeller.architecture == "unet":
+            return 0
+        return int(LOADING * self.labeller.path.stat().st_size)
 
     def _grids(self, diameter: float | None) -> tuple[BlockGrid, WorkingGrid | None]:
         """The blocks, and the network's grid if there is one and it is known."""
@@ -241,7 +252,7 @@ class Preflight:
             n_followed = n_pixels if masks.resample else n_working
             yield "survey", max(_survey_bytes(image, level) for level in range(len(image.levels)))
             if working is not None:
-                yield "flows", FLOWS_BYTES + _tiles_bytes(image, self.labeller, working)
+                yield "flows", _network_bytes(self.labeller) + _tiles_bytes(image, self.labeller, working)
             yield "masks", TASK_BYTES + MASKS_PIXEL * n_followed + MASKS_WORKING_PIXEL * n_working + 8 * n_pixels
         yield "stitch", TASK_BYTES + _stitch_bytes(blocks, n_objects, self.crew.n_threads)
         region = tuple(min(n, PUBLISH_REGION) for n in blocks.shape)
@@ -340,6 +351,11 @@ def _survey_bytes(image: Image, level: int) -> int:
     """Memory to survey a region of a level."""
     wide = tuple(min(n, SURVEY_REGION + 32) for n in plane_shape(image, level))
     return TASK_BYTES + SURVEY_PIXEL * math.prod(wide) + _reading(image, level, wide, 1)
+
+
+def _network_bytes(model: Model) -> int:
+    """Memory of a forward pass on one tile, and of what comes of a chunk."""
+    return FLOWS_BYTES + (0 if model.architecture == "unet" else ATTENTION_BYTES * (model.tile // PATCH) ** 4)
 
 
 def _tiles_bytes(image: Image, model: Model, working: WorkingGrid) -> int:

@@ -5,40 +5,121 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from ..errors import ModelError
+from .fetch import fetch
+from .size import SizeModel, read_size_model
 
-__all__ = ["KNOWN_MODELS", "Model", "SizeModel", "find_model"]
+__all__ = ["KNOWN_MODELS", "KnownModel", "Model", "find_model", "list_models", "model_folder"]
 
 WEIGHTS = Path(__file__).parent / "weights"
-KNOWN_MODELS = ("tiledseg-nuclei",)
 
-TILE = 224
-STRIDE = 184
-"""About tile / 1.2, and a multiple of the network's total pooling of 8."""
+POOLING = 8
+"""Tiles start at multiples of it: the total pooling of a U-Net, and the patch of a transformer."""
 
 
 @dataclass(frozen=True)
-class SizeModel:
-    """Linear map from style vector to log diameter, as Cellpose 1-3 has it.
+class Architecture:
+    """A kind of network.
 
-    ``diameter = exp(A . (style - smean) + log(diam_mean) + ymean)``
+    Attributes
+    ----------
+    name : str
+        ``"unet"``, ``"cpsam"``, ``"cpdino"`` or ``"cpdino-vitb"``.
+    n_channels : int
+        Input channels.
+    tile : int
+        Side of a tile in working pixels.
     """
 
-    A: tuple[float, ...]
-    smean: tuple[float, ...]
-    diam_mean: float
-    ymean: float
+    name: str
+    n_channels: int
+    tile: int
 
-    def diameter(self, style: npt.NDArray[np.float32]) -> float:
-        """Diameter in pixels of the tile that gave this style, at least 5."""
-        log = float(np.dot(self.A, style - np.array(self.smean))) + np.log(self.diam_mean) + self.ymean
-        return max(5.0, float(np.exp(log)))
+
+ARCHITECTURES = {
+    kind.name: kind
+    for kind in (
+        Architecture("unet", 2, 224),
+        Architecture("cpsam", 3, 256),
+        Architecture("cpdino", 3, 384),
+        Architecture("cpdino-vitb", 3, 384),
+    )
+}
+
+OURS = "BSD-3-Clause, trained on public-domain images"
+THEIRS = "BSD-3-Clause, trained on images under CC-BY-NC"
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that has a name.
+
+    Attributes
+    ----------
+    name : str
+    purpose : str
+        What it is for.
+    licence : str
+        Of the weights.
+    store : str
+        Who has the file: ``"tiledseg"`` (it comes with the package), ``"cellpose3"`` or ``"cellpose4"``.
+    file, size_file : str
+        Names in the folder of models; no size model if empty.
+    """
+
+    name: str
+    purpose: str
+    licence: str
+    store: str
+    file: str
+    size_file: str = ""
+
+    @property
+    def path(self) -> Path:
+        """Where the file is, or belongs."""
+        return (WEIGHTS if self.store == "tiledseg" else model_folder()) / self.file
+
+
+KNOWN_MODELS = {
+    model.name: model
+    for model in (
+        KnownModel(
+            "tiledseg-nuclei",
+            "nuclei in fluorescence and histology, small and fast on a CPU",
+            OURS,
+            "tiledseg",
+            "tiledseg-nuclei.pt",
+        ),
+        KnownModel(
+            "cyto3",
+            "cells of many kinds",
+            THEIRS,
+            "cellpose3",
+            "cyto3",
+            "size_cyto3.npy",
+        ),
+        KnownModel(
+            "cyto2",
+            "cells, trained with images of users",
+            THEIRS,
+            "cellpose3",
+            "cyto2torch_0",
+            "size_cyto2torch_0.npy",
+        ),
+        KnownModel("cyto", "cells, the first model", THEIRS, "cellpose3", "cytotorch_0", "size_cytotorch_0.npy"),
+        KnownModel("nuclei", "nuclei", THEIRS, "cellpose3", "nucleitorch_0", "size_nucleitorch_0.npy"),
+        KnownModel("cpsam_v2", "cells and nuclei of any size; wants a GPU", THEIRS, "cellpose4", "cpsam_v2"),
+        KnownModel("cpsam", "the first version of cpsam_v2", THEIRS, "cellpose4", "cpsam"),
+        KnownModel("cpdino", "as cpsam_v2, on DINOv3 (package dinov3)", THEIRS, "cellpose4", "cpdino"),
+        KnownModel("cpdino-vitb", "a smaller cpdino", THEIRS, "cellpose4", "cpdino-vitb"),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -55,10 +136,12 @@ class Model:
         Of that file: part of a run's fingerprint.
     diam_mean : float
         Diameter in working pixels.
-    tile, stride : int
-        The lattice.
+    architecture : str
+        Which kind of network the file holds, a key of `ARCHITECTURES`.
     n_channels : int
         Input channels of the network.
+    tile, stride : int
+        The lattice, in working pixels.
     size : SizeModel or None
         For a first guess of the diameter.
     """
@@ -67,40 +150,85 @@ class Model:
     path: Path
     sha256: str
     diam_mean: float
-    n_channels: int = 2
-    tile: int = TILE
-    stride: int = STRIDE
+    architecture: str
+    n_channels: int
+    tile: int
+    stride: int
     size: SizeModel | None = None
 
 
-def find_model(name: str) -> Model:
+def model_folder() -> Path:
+    """Cellpose's own folder of models: ``CELLPOSE_LOCAL_MODELS_PATH``, else ``.cellpose/models`` at home."""
+    given = os.environ.get("CELLPOSE_LOCAL_MODELS_PATH")
+    return Path(given) if given else Path.home() / ".cellpose" / "models"
+
+
+def list_models() -> Iterator[dict[str, Any]]:
+    """What is known of every model that has a name, and whether its file is here; fetches nothing."""
+    for model in KNOWN_MODELS.values():
+        yield {
+            "name": model.name,
+            "purpose": model.purpose,
+            "licence": model.licence,
+            "path": str(model.path),
+            "is_here": model.path.is_file(),
+        }
+
+
+def find_model(name: str, tile_overlap: float = 0.1) -> Model:
     """Describe a model given by name or file.
+
+    A named model that is not here is fetched from Cellpose's store into Cellpose's folder of models, with its size
+    model. The size model of a file lies beside it, with ``_size.npy`` at the end, as Cellpose writes it.
+
+    Parameters
+    ----------
+    name : str
+        A key of `KNOWN_MODELS`, or the path of a file.
+    tile_overlap : float
+        Tiles lie ``tile / (1 + 2 * tile_overlap)`` apart, as in Cellpose, but at whole steps of the network; 0.5 is
+        half a tile.
 
     Raises
     ------
     ModelError
-        If the name is not known and no such file exists, or the file is no U-Net of Cellpose 1-3.
+        If the name is not known and no such file exists, if it cannot be fetched, or if the file is no network of
+        Cellpose.
     """
-    path = WEIGHTS / f"{name}.pt" if name in KNOWN_MODELS else Path(name)
-    if not path.is_file():
-        raise ModelError(
-            f"unknown model {name!r}; known are {', '.join(KNOWN_MODELS)}, or give the path of a model file."
-        )
-    return _describe(name, path, path.stat().st_mtime_ns)
+    known = KNOWN_MODELS.get(name)
+    if known is None:
+        path = Path(name)
+        if not path.is_file():
+            raise ModelError(
+                f"unknown model {name!r}; known are {', '.join(KNOWN_MODELS)}, or give the path of a model file."
+            )
+        size = path.with_name(f"{path.name}_size.npy")
+        return _describe(name, path, path.stat().st_mtime_ns, size if size.is_file() else None, tile_overlap)
+    size_path = model_folder() / known.size_file if known.size_file else None
+    for needed in (known.path, size_path):
+        if needed is not None and not needed.is_file():
+            fetch(known.store, needed)
+    return _describe(name, known.path, known.path.stat().st_mtime_ns, size_path, tile_overlap)
 
 
 @functools.lru_cache(maxsize=8)
-def _describe(name: str, path: Path, _modified: int) -> Model:
+def _describe(name: str, path: Path, _modified: int, size_path: Path | None, tile_overlap: float) -> Model:
     """Read what a model's file says, once per process and state of the file."""
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     facts = path.with_suffix(".json")
-    if name in KNOWN_MODELS:
+    if path.parent == WEIGHTS:
         card = json.loads(facts.read_text())
-        size = SizeModel(
+        size: SizeModel | None = SizeModel(
             tuple(card["size"]["A"]), tuple(card["size"]["smean"]), card["diam_mean"], card["size"]["ymean"]
         )
-        return Model(name, path, sha256, card["diam_mean"], size=size)
-    from .unet import read_state
+        kind, diam_mean = ARCHITECTURES["unet"], float(card["diam_mean"])
+    else:
+        from .states import describe_state
 
-    state = read_state(path)
-    return Model(name, path.resolve(), sha256, float(state["diam_mean"]))
+        architecture, diam_mean = describe_state(path)
+        kind = ARCHITECTURES[architecture]
+        size = None if size_path is None else read_size_model(size_path)
+        path = path.resolve()
+    stride = int(kind.tile / (1 + 2 * tile_overlap)) // POOLING * POOLING
+    return Model(name, path, sha256, diam_mean, kind.name, kind.n_channels, kind.tile, stride, size)
