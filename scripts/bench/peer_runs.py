@@ -101,9 +101,13 @@ def patchworks(job: dict[str, Any]) -> None:
     """patchworks with Cellpose as its function, joining what overlaps as it advises for touching cells."""
     import dask.array
     import torch
+    import torch.utils.mkldnn
     from patchworks import tile_process
 
     torch.set_num_threads(1)  # tiles run side by side
+    # Threads that convert a network for the first time at the same moment break each other's in torch.
+    layers = torch.nn.Conv2d(1, 1, 1), torch.nn.BatchNorm2d(1), torch.nn.Linear(1, 1)
+    torch.utils.mkldnn.to_mkldnn(torch.nn.Sequential(*layers).eval())
     use_width(job["widths"])
     tile_process(
         dask.array.from_zarr(job["zarr"]),
