@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,10 @@ def test_memory_for_the_table_does_not_grow_with_the_objects(job: Job, monkeypat
     peaks = []
     for n_objects in (10_000, 80_000):
         leave_parts(job, n_objects, np.random.default_rng(0))
+        gc.collect()
         tracemalloc.start()
         publish.write_table(0, job)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.1 * peaks[0]
+    # Not a single number is kept for each further object; what else the process allocates meanwhile is less.
+    assert peaks[1] - peaks[0] < 70_000 * 8
