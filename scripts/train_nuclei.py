@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.ndimage import uniform_filter
 
 from tiledseg.heat import label_flows
 from tiledseg.networks.unet import ResidualUNet
@@ -71,9 +72,10 @@ def load(folder: Path, validation: bool) -> list[Example]:
         diameter = float(row["median_diameter_px"])
         factor = int(diameter // (2 * DIAM_MEAN)) + 1 if diameter > 2 * DIAM_MEAN else 1
         if factor > 1:
-            y, x = (s // factor * factor for s in image.shape)
-            image = image[:y, :x].reshape(y // factor, factor, x // factor, factor).mean((1, 3))
-            labels = np.ascontiguousarray(labels[:y:factor, :x:factor])
+            # Means over an odd number of pixels round those whose labels are kept: neither is shifted.
+            kept = slice(factor // 2, None, factor)
+            image = uniform_filter(image, factor // 2 * 2 + 1, mode="nearest")[kept, kept]
+            labels = np.ascontiguousarray(labels[kept, kept])
         fields = np.concatenate([image[None], label_flows(labels), (labels > 0)[None]])
         examples.append(Example(row["id"], row["kind"], torch.from_numpy(fields.astype(np.float32)), diameter / factor))
     return examples
@@ -134,8 +136,8 @@ def batch(examples: list[Example], weights: np.ndarray, rng: np.random.Generator
     return inputs.to(memory_format=torch.channels_last), targets
 
 
-def train(folder: Path, steps: int, out: Path, seed: int) -> ResidualUNet:
-    """Train from random weights; a checkpoint every 250 steps."""
+def train(folder: Path, steps: int, out: Path, seed: int, start: Path | None, rate: float) -> ResidualUNet:
+    """Train from random or given weights; a checkpoint every 250 steps."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     examples = load(folder, validation=False)
@@ -151,9 +153,12 @@ def train(folder: Path, steps: int, out: Path, seed: int) -> ResidualUNet:
     total = {kind: sum(a for a, e in zip(area, examples, strict=True) if e.kind == kind) for kind in share}
     weights = np.array([share[e.kind] * a / total[e.kind] for a, e in zip(area, examples, strict=True)])
     print(f"{len(examples)} training images {counts}", flush=True)
-    network = ResidualUNet(WIDTHS, DIAM_MEAN).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    network = ResidualUNet(WIDTHS, DIAM_MEAN)
+    if start is not None:
+        network.load_state_dict(torch.load(start, weights_only=True))
+    network = network.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     started, losses = time.time(), []
     for step in range(1, steps + 1):
         inputs, targets = batch(examples, weights / weights.sum(), rng)
@@ -236,6 +241,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the weights")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=2e-3, help="largest learning rate")
+    parser.add_argument("--from", dest="start", type=Path, help="state dict to start from instead of random weights")
     parser.add_argument("--weights", type=Path, help="state dict to use instead of training")
     options = parser.parse_args()
     folder = Path(os.environ["TILEDSEG_DATA"]) / "dsb2018"
@@ -244,7 +251,7 @@ def main() -> None:
         network = ResidualUNet(WIDTHS, DIAM_MEAN)
         network.load_state_dict(torch.load(options.weights, weights_only=True))
     else:
-        network = train(folder, options.steps, file, options.seed)
+        network = train(folder, options.steps, file, options.seed, options.start, options.rate)
     network = network.eval().to(memory_format=torch.channels_last)
     state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
     torch.save(state, file)

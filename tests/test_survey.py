@@ -101,3 +101,13 @@ def test_few_objects_make_the_diameter_a_guess_and_say_so(caplog: pytest.LogCapt
     found = tiledseg.estimate_diameter(image)
     assert found.source == "default"
     assert "give --diameter" in caplog.text
+
+
+@pytest.mark.parametrize("side", [250, 400, 560])
+def test_the_windows_of_a_small_image_see_each_of_its_cells_once(slide: Slide, side: int) -> None:
+    image = slide[0][:side, :side]
+    found = tiledseg.estimate_diameter(image)
+    n_cells = tiledseg.segment(image, diameter=found.value).report.n_objects
+    assert found.n_objects <= n_cells
+    # Those that one window cuts another sees whole, but for cells whose middles lie just beyond.
+    assert found.n_objects >= 0.85 * n_cells

@@ -31,6 +31,7 @@ from .images import Image
 from .job import Diameter, Job, Surveyed
 from .networks.runner import load_network
 from .normalisation import CELL, CELLS_PER_POINT, SAMPLES_PER_CELL, percentiles_of, range_map, sample_cells
+from .objects import object_extents
 from .progress import Progress
 from .working import box_mean, finite_float, plane_axes, plane_shape, read_plane, read_tile, refuse_missing
 
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 Centre = tuple[float, ...]
+Part = tuple[tuple[float, float], ...]
 
 REGION = 2048
 POOL = 4
@@ -255,16 +257,17 @@ def _find_diameter(job: Job, found: Surveyed, executor: Executor, progress: Prog
     if given is not None:
         return Diameter(given, "given", (given, given))
     job = Job(**{**vars(job), "surveyed": found})
-    few = list(_window_centres(job, job.model.diam_mean, GUESS_WINDOWS_PER_AXIS))
+    few = [centre for centre, _ in _windows(job, job.model.diam_mean, GUESS_WINDOWS_PER_AXIS)]
     if found.is_constant or not few:
         return found.diameter
     value = _guess(job, few, executor)
     sizes: npt.NDArray[np.float64] = np.zeros(0)
     for _ in range(PASSES):
-        centres = list(_window_centres(job, value, WINDOWS_PER_AXIS))
-        progress.start("diameter", len(centres), 0)
+        windows = list(_windows(job, value, WINDOWS_PER_AXIS))
+        progress.start("diameter", len(windows), 0)
         parts = []
-        for _item, (window_sizes, peak) in executor.stream(measure_window, [(c, value) for c in centres], job):
+        items = [(centre, value, part) for centre, part in windows]
+        for _item, (window_sizes, peak) in executor.stream(measure_window, items, job):
             parts.append(window_sizes)
             progress.step(peak)
         sizes = np.sort(np.concatenate(parts))
@@ -277,29 +280,32 @@ def _find_diameter(job: Job, found: Surveyed, executor: Executor, progress: Prog
         logger.warning(
             "only %d objects were found in %d windows of %s: the diameter %.1f px is a guess; give --diameter.",
             sizes.size,
-            len(centres),
+            len(windows),
             job.image.name,
             value,
         )
-        return Diameter(value, "default", (value, value), int(sizes.size), len(centres))
+        return Diameter(value, "default", (value, value), int(sizes.size), len(windows))
     low, high = (float(v) for v in np.percentile(sizes, [25, 75]))
     # Two decimals: the working grid must not hang on the last bits of a median.
-    return Diameter(round(value, 2), "estimated", (low, high), int(sizes.size), len(centres))
+    return Diameter(round(value, 2), "estimated", (low, high), int(sizes.size), len(windows))
 
 
-def _window_centres(job: Job, diameter: float, per_axis: int) -> Iterator[Centre]:
-    """Centres of windows in level 0 pixels: for each part of a regular division of the image, the
-    foreground cell nearest to its middle. Windows of a diameter hardly overlap."""
+def _windows(job: Job, diameter: float, per_axis: int) -> Iterator[tuple[Centre, Part]]:
+    """The centre of a window in each part of a regular division of the image, and the part, in pixels of level 0.
+
+    The centre is that of the foreground cell nearest to the middle of the part. Of an image that is hardly larger
+    than a window the windows together see all.
+    """
     shape = job.shape
     side = job.model.tile * diameter / job.model.diam_mean
-    counts = [max(1, min(per_axis, round(n / side))) for n in shape]
+    counts = [max(1, min(per_axis, math.ceil(n / side))) for n in shape]
     cell = job.found.foreground_cell
     foreground = job.store.open("survey.zarr/foreground")[:] if cell else None
     for index in itertools.product(*(range(n) for n in counts)):
-        edges = [(i * n / c, (i + 1) * n / c) for i, c, n in zip(index, counts, shape, strict=True)]
+        edges = tuple((i * n / c, (i + 1) * n / c) for i, c, n in zip(index, counts, shape, strict=True))
         middle = tuple((a + b) / 2 for a, b in edges)
         if foreground is None:
-            yield middle
+            yield middle, edges
             continue
         part = tuple(
             slice(int(a / s), max(int(a / s) + 1, math.ceil(b / s))) for (a, b), s in zip(edges, cell, strict=True)
@@ -309,20 +315,18 @@ def _window_centres(job: Job, diameter: float, per_axis: int) -> Iterator[Centre
             centres = (where + [p.start for p in part] + 0.5) * cell
             nearest = centres[np.square(centres - middle).sum(axis=1).argmin()]
             # A cell cut by the image's edge may have its centre outside.
-            yield tuple(float(min(v, n - 0.5)) for v, n in zip(nearest, shape, strict=True))
+            yield tuple(float(min(v, n - 0.5)) for v, n in zip(nearest, shape, strict=True)), edges
 
 
-def _window(job: Job, centre: Centre, diameter: float) -> tuple[WorkingGrid, FloatArray, Region]:
-    """One network tile round a centre at the scale of a diameter, and its part inside the image."""
+def _window(job: Job, centre: Centre, diameter: float) -> tuple[WorkingGrid, Region, FloatArray]:
+    """One network tile round a centre at the scale of a diameter: its grid, where it lies there, its pixels."""
     grid = WorkingGrid.for_diameter(job.shape, diameter, job.model.diam_mean)
     tile = job.model.tile
     starts = []
     for c, s, n in zip(centre, grid.scale, grid.shape, strict=True):
         starts.append(min(max(0, round(c * s - tile / 2)), max(0, n - tile)))
     region = tuple(slice(start, start + tile) for start in starts)
-    values = read_tile(job.image, job.channel, grid, region, job.normalisation)
-    inside = tuple(slice(0, min(tile, n - p.start)) for p, n in zip(region, grid.shape, strict=True))
-    return grid, values, inside
+    return grid, region, read_tile(job.image, job.channel, grid, region, job.normalisation)
 
 
 def _as_input(values: FloatArray, n_channels: int) -> FloatArray:
@@ -335,7 +339,7 @@ def _as_input(values: FloatArray, n_channels: int) -> FloatArray:
 def guess_window(item: tuple[Centre, float], job: Job) -> float:
     """Task: what the style vector says of the diameter when the window is seen at one scale."""
     centre, diameter = item
-    grid, values, _ = _window(job, centre, diameter)
+    grid, _, values = _window(job, centre, diameter)
     _, styles = load_network(job.model, job.device).predict(_as_input(values, job.model.n_channels))
     size = job.model.size
     if size is None:
@@ -357,11 +361,16 @@ def _guess(job: Job, centres: list[Centre], executor: Executor) -> float:
     return medians[best]
 
 
-def measure_window(item: tuple[Centre, float], job: Job) -> tuple[npt.NDArray[np.float64], tuple[int, int]]:
-    """Task: diameters in level 0 pixels of the whole objects in one window, and the peak memory."""
-    centre, diameter = item
-    grid, values, inside = _window(job, centre, diameter)
+def measure_window(item: tuple[Centre, float, Part], job: Job) -> tuple[npt.NDArray[np.float64], tuple[int, int]]:
+    """Task: diameters in level 0 pixels of the objects in one window, and the peak memory.
+
+    Objects count that the window does not cut and that lie in its part of the image, so that none counts twice. What
+    the edge of the image itself cuts counts as it is.
+    """
+    centre, diameter, part = item
+    grid, region, values = _window(job, centre, diameter)
     output, _ = load_network(job.model, job.device).predict(_as_input(values, job.model.n_channels))
+    inside = tuple(slice(0, min(p.stop, n) - p.start) for p, n in zip(region, grid.shape, strict=True))
     output = output[0][(slice(None), *inside)]
     # The default thresholds, not those of the run: mask settings may change while the diameter stays.
     masks = MasksConfig()
@@ -371,9 +380,12 @@ def measure_window(item: tuple[Centre, float], job: Job) -> tuple[npt.NDArray[np
         cellprob_threshold=masks.cellprob_threshold,
         flow_threshold=masks.flow_threshold,
     )
-    areas = np.bincount(labels.ravel())
-    cut = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
-    areas[cut] = 0
-    areas[0] = 0
-    sizes = 2 * np.sqrt(areas[areas > 0] / np.pi) / grid.scale[0]
+    boxes, areas = object_extents(labels, int(labels.max(initial=0)))
+    counts = areas > 0
+    for axis, (window, n, (start, stop)) in enumerate(zip(region, grid.shape, part, strict=True)):
+        low, high = (boxes[:, side, axis] + window.start for side in (0, 1))
+        is_cut = ((low == window.start) & (low > 0)) | ((high == window.stop) & (high < n))
+        middle = (low + high) / 2 / grid.scale[axis]
+        counts &= ~is_cut & (start <= middle) & (middle < stop)
+    sizes = 2 * np.sqrt(areas[counts] / np.pi) / grid.scale[0]
     return sizes, peak_memory()
