@@ -3,7 +3,8 @@
     python cellpose3_reference.py FOLDER
 
 Writes for "random" and "trained" the state dict `<name>`, its size model `<name>_size.npy` where there is one, and
-`<name>.npz` with 20 tiles, the network's outputs and styles on them, and the diameters that follow.
+`<name>.npz` with 20 tiles, the network's outputs and styles on them, and the diameters that follow. ``inputs.npz``
+holds a picture in colours and what networks are shown of it, for channels in Cellpose's numbers, inverted or not.
 """
 
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cellpose import models, train
+from cellpose import models, train, transforms
 from cellpose.resnet_torch import CPnet
 
 N_TILES = 20
 SIDE = 224
 WIDTHS = [2, 32, 64, 128, 256]
+CHANNELS = ((0, 0), (1, 0), (2, 1), (3, 2))
 
 
 def discs(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -43,6 +45,18 @@ def answers(net: CPnet, size_file: Path | None, rng: np.random.Generator) -> dic
     return found
 
 
+def shown(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A picture in colours, and what a network is shown of it."""
+    colours = rng.integers(0, 255, (SIDE, SIDE, 3)) * np.array([1.0, 0.5, 0.2])
+    found = {"colours": colours.astype(np.uint8)}
+    for first, second in CHANNELS:
+        image = transforms.convert_image(found["colours"], [first, second], channel_axis=-1)
+        for invert in (False, True):
+            normalised = transforms.normalize_img(image.copy(), invert=invert)
+            found[f"{first}-{second}-{invert}"] = np.moveaxis(normalised, -1, 0)
+    return found
+
+
 def main(folder: Path) -> None:
     """Make the files."""
     torch.manual_seed(1)
@@ -55,6 +69,7 @@ def main(folder: Path) -> None:
     net.save_model(str(folder / "random"))
     np.savez(folder / "random.npz", **answers(net, None, rng))
 
+    np.savez(folder / "inputs.npz", **shown(rng))
     images, labels = zip(*[discs(rng) for _ in range(6)], strict=True)
     given = {"train_data": list(images), "train_labels": list(labels), "channels": [1, 2], "channel_axis": 0}
     train.train_seg(net, **given, n_epochs=2, save_path=folder, model_name="trained", SGD=False, learning_rate=1e-3)

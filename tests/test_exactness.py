@@ -20,6 +20,7 @@ from tiledseg import flows, heat, masks, publish, stitch
 from tiledseg.cluster import ThreadExecutor
 from tiledseg.config import Settings
 from tiledseg.images import open_image
+from tiledseg.inputs import Input
 from tiledseg.job import Diameter, Job, Surveyed
 from tiledseg.networks.models import find_model
 from tiledseg.progress import Progress
@@ -67,7 +68,7 @@ def surveyed(case: Case, is_mapped: bool) -> Surveyed:
     """What the survey would have found."""
     diameter = Diameter(case.diameter, "given", (case.diameter, case.diameter))
     cell = (float(FOREGROUND_CELL),) * 2 if is_mapped else ()
-    return Surveyed((0.0, 1.0), False, 0, cell, 1.0, diameter)
+    return Surveyed(((0.0, 1.0),), False, 0, cell, 1.0, diameter)
 
 
 def fill_flows(job: Job, case: Case) -> None:
@@ -102,7 +103,9 @@ def labelled(
     model = dataclasses.replace(find_model("tiledseg-nuclei"), diam_mean=DIAM_MEAN, tile=64, stride=40)
     config = Settings.of(diameter=case.diameter, block=block, **chosen)
     image = open_image(np.zeros(case.shape, np.uint8))
-    job = Job(image, 0, config, model, "cpu", MemoryStore(), "masks-test", surveyed=surveyed(case, is_mapped))
+    job = Job(
+        image, (Input((0,)),), config, model, "cpu", MemoryStore(), "masks-test", surveyed=surveyed(case, is_mapped)
+    )
     fill_flows(job, case)
     if is_mapped:
         fill_foreground(job, case)

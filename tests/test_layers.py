@@ -20,6 +20,8 @@ ROWS = [
     {"images.assembly", "omezarr.writer"},
     {"images.from_zarr", "images.from_tiff"},
     {"images"},
+    {"planes"},
+    {"inputs"},
     {"omezarr.labels", "working", "cluster", "networks.models", "segmenters"},
     {"omezarr", "networks", "networks.transformer"},
     {"job", "networks.runner"},
@@ -41,7 +43,7 @@ HOMES = {
     "pyarrow": {"publish", "pipeline"},
     "tqdm": {"cli"},
     "PIL": {"pictures"},
-    "skimage": {"demo"},
+    "skimage": {"demo", "inputs"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import os
 import pickle
@@ -16,12 +17,21 @@ import numpy as np
 import pytest
 import torch
 
+from tiledseg import survey
 from tiledseg.cli import main
+from tiledseg.cluster import connect
+from tiledseg.config import Settings
 from tiledseg.errors import ModelError
+from tiledseg.images import open_image
+from tiledseg.inputs import inputs_of
+from tiledseg.job import Job
 from tiledseg.networks.models import KNOWN_MODELS, find_model, list_models
 from tiledseg.networks.runner import Network
 from tiledseg.networks.size import read_size_model
 from tiledseg.networks.unet import ResidualUNet
+from tiledseg.progress import Progress
+from tiledseg.store import MemoryStore
+from tiledseg.working import read_tile
 
 REFERENCE = Path(__file__).parent / "cellpose3_reference.py"
 
@@ -56,6 +66,27 @@ def test_a_size_model_of_cellpose_3_gives_the_diameters_it_gives_there(reference
     found = [size.diameter(style) for style in expected["style"]]
     np.testing.assert_allclose(found, expected["diameters"], rtol=1e-3)
     assert np.ptp(found) > 0.01
+
+
+@pytest.mark.parametrize("invert", [False, True])
+@pytest.mark.parametrize(("chan", "chan2"), [(0, 0), (1, 0), (2, 1), (3, 2)])
+def test_channels_by_number_are_shown_as_cellpose_3_does(reference: Path, chan: int, chan2: int, invert: bool) -> None:
+    expected = np.load(reference / "inputs.npz")
+    colours, pair = expected["colours"], expected[f"{chan}-{chan2}-{invert}"]
+    image = open_image(colours, axes="yxc")
+    settings = Settings.of(model=str(reference / "random"), chan=chan, chan2=chan2, invert=invert, diameter=30.0)
+    model = find_model(settings.flows.model)
+    inputs = inputs_of(image, settings.survey, model.n_inputs, "model")
+    with connect(small=True) as executor:
+        job = Job(image, inputs, settings, model, "cpu", MemoryStore())
+        job = dataclasses.replace(job, surveyed=survey.run(job, executor, Progress(None)))
+    region = tuple(slice(0, n) for n in job.working.shape)
+    values = read_tile(image, job.shown, job.working, region)
+    assert len(values) == (2 if chan2 else 1)
+    for found, theirs in zip(values, pair, strict=False):
+        np.testing.assert_allclose(found, theirs, atol=1e-5)
+    if not chan2 and not invert:
+        assert not pair[1].any()
 
 
 def size_file(path: Path, **changes: object) -> Path:

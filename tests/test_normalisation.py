@@ -12,6 +12,7 @@ import tiledseg
 from tiledseg.errors import SettingsError
 from tiledseg.grid import WorkingGrid
 from tiledseg.images import open_image
+from tiledseg.inputs import Input
 from tiledseg.normalisation import LocalRange, WholeRange, range_map, sample_cells
 from tiledseg.omezarr import write_image
 from tiledseg.slides import synthetic_slide
@@ -27,7 +28,7 @@ WHOLE = (100.0, 1100.0)
 def map_of(image: np.ndarray, is_counted: np.ndarray | None = None, noise: float = 0.0) -> np.ndarray:
     samples = sample_cells(image.astype(np.float32))
     counted = np.ones(samples.shape[:2], bool) if is_counted is None else is_counted
-    return range_map(samples, np.full(counted.shape, noise, np.float32), counted, WHOLE)
+    return range_map(samples[None], 0, np.full(counted.shape, noise, np.float32), counted, WHOLE)
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +97,12 @@ def test_a_part_of_a_tile_holds_the_values_of_the_whole(normalisation: str) -> N
     image = np.random.default_rng(1).uniform(0, 1000, (900, 700)).astype(np.float32)
     image[200:210, 300:330] = np.nan
     grid = WorkingGrid.for_diameter(image.shape, 20.0, 17.0)
-    how = WholeRange(*WHOLE) if normalisation == "whole" else LocalRange(map_of(image), (128.0, 128.0))
+    how = WholeRange(*WHOLE) if normalisation == "whole" else LocalRange(map_of(image)[None], 0, (128.0, 128.0))
     opened = open_image(image, axes="yx")
-    whole = read_tile(opened, 0, grid, tuple(slice(0, n) for n in grid.shape), how)
+    whole = read_tile(opened, [(Input((0,)), how)], grid, tuple(slice(0, n) for n in grid.shape))[0]
     for region in (np.s_[0:224, 0:224], np.s_[150:374, 130:354], np.s_[541:765, 371:595]):
         inside = tuple(slice(p.start, min(p.stop, n)) for p, n in zip(region, grid.shape, strict=True))
-        part = read_tile(opened, 0, grid, region, how)
+        part = read_tile(opened, [(Input((0,)), how)], grid, region)[0]
         expected = whole[inside]
         assert np.array_equal(part[tuple(slice(0, n) for n in expected.shape)], expected)
     assert np.isfinite(whole).all()
@@ -113,8 +114,8 @@ def test_pixels_that_are_not_finite_become_the_local_background() -> None:
     points = np.stack([np.linspace(100, 900, 6).reshape(1, 6), np.full((1, 6), 50.0)]).astype(np.float32)
     image = np.full((128, 768), np.inf, np.float32)
     grid = WorkingGrid(image.shape, (1.0, 1.0))
-    how = LocalRange(points, (128.0, 128.0))
-    values = read_tile(open_image(image, axes="yx"), 0, grid, np.s_[0:128, 0:768], how)
+    how = LocalRange(points[None], 0, (128.0, 128.0))
+    values = read_tile(open_image(image, axes="yx"), [(Input((0,)), how)], grid, np.s_[0:128, 0:768])[0]
     assert np.array_equal(values, np.zeros_like(values))
 
 
@@ -161,7 +162,7 @@ def test_a_survey_that_died_is_resumed_to_the_same_map(
     assert resumed.report.computed["survey"] >= 1
     folders = (Path(str(at_once.report.scratch)), scratch)
     maps = [DiskStore(folder).open("survey.zarr/normalisation")[:] for folder in folders]
-    assert maps[0].shape == (2, 4, 4)
+    assert maps[0].shape == (1, 2, 4, 4)
     assert np.array_equal(maps[0], maps[1])
     assert np.array_equal(at_once.labels.compute(), resumed.labels.compute())
     with pytest.raises(SettingsError, match="normalize was 'local' and is now 'global'"):
@@ -225,7 +226,7 @@ def test_a_pyramid_does_not_change_the_labels(
     monkeypatch.setattr(survey, "LARGE_IMAGE", 300_000)
     coarse = tiledseg.segment(tmp_path / "two.ome.zarr", tmp_path / "coarse.ome.zarr", **LOCAL)
     points = DiskStore(Path(str(coarse.report.scratch))).open("survey.zarr/normalisation")
-    assert points.shape == (2, 3, 3)
+    assert points.shape == (1, 2, 3, 3)
     assert tiledseg.compare(coarse.labels.compute(), truth).overall.ap[0] > 0.97
 
 

@@ -400,7 +400,7 @@ def test_percentiles_that_are_equal_are_replaced_aloud(caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING):
         found = tiledseg.segment(image, diameter=DIAMETER)
     assert "percentiles 1 and 99" in caplog.text
-    assert found.report.percentiles == (0.0, 3000.0)
+    assert found.report.percentiles == ((0.0, 3000.0),)
 
 
 def test_the_report_is_json(slide: Slide) -> None:

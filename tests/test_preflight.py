@@ -24,6 +24,7 @@ from tiledseg.cluster import Crew
 from tiledseg.config import Settings
 from tiledseg.errors import OutputError, SettingsError
 from tiledseg.images import open_image
+from tiledseg.inputs import Input
 from tiledseg.networks.models import find_model
 from tiledseg.omezarr import write_image
 from tiledseg.pipeline import preview
@@ -45,7 +46,7 @@ def large(path: Path, shape: tuple[int, ...] = (100_000, 80_000), chunks: tuple[
 def flight(path: Path, crew: Crew, labeller: Any = None, **settings: Any) -> Preflight:
     image, chosen = open_image(path), Settings.of(**settings)
     place = place_of(image, path.parent / "out.zarr", None, chosen)
-    return Preflight(image, chosen, labeller or find_model(chosen.flows.model), place, crew)
+    return Preflight(image, (Input((0,)),), chosen, labeller or find_model(chosen.flows.model), place, crew)
 
 
 def test_counts_are_those_of_a_hand(tmp_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_after_the_survey_it_is_asked_again(small: Path, tmp_path: Path, monkeyp
     image = open_image(small)
     place = place_of(image, tmp_path / "out.zarr", None, Settings())
     crew = Crew(1, cluster.n_cores(), in_process=True)
-    at_least = Preflight(image, Settings(), find_model("tiledseg-nuclei"), place, crew).needs(None)
+    at_least = Preflight(image, (Input((0,)),), Settings(), find_model("tiledseg-nuclei"), place, crew).needs(None)
     free = at_least.scratch_bytes + at_least.output_bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, free))
     with pytest.raises(OutputError, match="the scratch and the labels may take"):
@@ -322,7 +323,7 @@ def test_an_array_in_memory_counts_what_stays_there() -> None:
     chosen = Settings.of(diameter=17)
     place = place_of(image, None, None, chosen)
     crew = Crew(1, 2, machine_bytes=2 * GIB, in_process=True)
-    plan = Preflight(image, chosen, find_model("tiledseg-nuclei"), place, crew)
+    plan = Preflight(image, (Input((0,)),), chosen, find_model("tiledseg-nuclei"), place, crew)
     needs = plan.needs(17.0)
     assert (needs.scratch_bytes, needs.output_bytes) == (0, 0)
     assert needs.process_bytes > (2 * 3 + 4 + 4) * 10_000**2

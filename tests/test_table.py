@@ -15,6 +15,7 @@ import pytest
 from tiledseg import publish
 from tiledseg.config import Settings
 from tiledseg.images import open_image
+from tiledseg.inputs import Input
 from tiledseg.job import Job
 from tiledseg.networks.models import find_model
 from tiledseg.omezarr import create_labels, plan_labels, write_image
@@ -35,7 +36,9 @@ def job(tmp_path: Path) -> Job:
     plan = plan_labels(image, None, "cells", None)
     create_labels(plan, attributes={})
     store, model = DiskStore(tmp_path / "scratch"), find_model(settings.flows.model)
-    return Job(image, 0, settings, model, "cpu", store, labels="m", plan=plan, table=tmp_path / "table.parquet")
+    return Job(
+        image, (Input((0,)),), settings, model, "cpu", store, labels="m", plan=plan, table=tmp_path / "table.parquet"
+    )
 
 
 def leave_parts(job: Job, n_objects: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:

@@ -21,6 +21,21 @@ __all__ = ["main"]
 MISUSED = 2
 DIFFERENT = 1
 UNREAD = 141
+FOR_A_DIAMETER = {
+    "channel",
+    "nuclear_channel",
+    "combine",
+    "chan",
+    "chan2",
+    "stain",
+    "invert",
+    "model",
+    "device",
+    "foreground",
+    "normalize",
+    "missing_chunks",
+}
+"""Settings that an estimate of the diameter depends on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     diameter = _add(commands, "diameter", _diameter, "estimate the diameter of the cells, and nothing else")
     diameter.add_argument("image", metavar="IMAGE")
     diameter.add_argument("--axes", metavar="AXES", help="axes of an array that does not say them")
-    _add_settings(diameter, Settings, only={"channel", "model", "device", "foreground", "normalize", "missing_chunks"})
+    _add_settings(diameter, Settings, only=FOR_A_DIAMETER)
 
     compare = _add(commands, "compare", _compare, "score labels against others")
     compare.add_argument("predicted", metavar="PREDICTED", help="labels: OME-Zarr, Zarr or TIFF")

@@ -60,7 +60,31 @@ def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 class SurveyConfig:
     """What the whole image is asked before any cell is sought."""
 
-    channel: str | int | None = _option(None, "channel to segment, by name or index from 0 (default: the first)", "C")
+    channel: str | int | tuple[str | int, ...] | None = _option(
+        None,
+        "channel to segment, by name or index from 0; 'grey' for the mean of all; several with commas between them "
+        "are combined (default: the first)",
+        "C",
+    )
+    nuclear_channel: str | int | tuple[str | int, ...] | None = _option(
+        None, "channel of the nuclei, for networks that were trained with one, given like channel", "C"
+    )
+    combine: str = _option(
+        "max", "what several channels become: the largest of their values, or the mean", choices=("max", "mean")
+    )
+    chan: int | None = _option(
+        None,
+        "channel to segment in Cellpose's numbers, in place of channel: 0 grey, 1 red (the first), 2 green, 3 blue",
+        "N",
+    )
+    chan2: int = _option(0, "nuclear channel in Cellpose's numbers, beside chan: 0 none, 1 red, 2 green, 3 blue", "N")
+    stain: str = _option(
+        "none",
+        "unmix this stain from the red, green and blue of a histological section and segment it; the colours are "
+        "the image's three channels, or those that channel lists",
+        choices=("none", "hematoxylin", "eosin", "dab"),
+    )
+    invert: bool = _option(False, "show the network the negative: for cells that are dark on a bright background")
     diameter: str | float = _option(
         "auto",
         "diameter of the cells: 'auto' estimates one for the whole image, a number is pixels of the "
@@ -86,10 +110,29 @@ class SurveyConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in ("channel", "nuclear_channel"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        _one_of("combine", self.combine, ("max", "mean"))
+        _one_of("stain", self.stain, ("none", "hematoxylin", "eosin", "dab"))
+        self._check_numbers()
         self.diameter_given()
         _one_of("foreground", self.foreground, ("auto", "off"))
         _one_of("normalize", self.normalize, ("global", "local"))
         _one_of("missing_chunks", self.missing_chunks, ("refuse", "fill"))
+
+    def _check_numbers(self) -> None:
+        """Check channels in Cellpose's numbers."""
+        object.__setattr__(self, "chan2", _whole("chan2", self.chan2, 0))
+        if self.chan is None:
+            if self.chan2:
+                raise SettingsError("chan2 counts beside chan; give chan as well, or nuclear_channel instead.")
+            return
+        object.__setattr__(self, "chan", _whole("chan", self.chan, 0))
+        if self.channel is not None or self.nuclear_channel is not None or self.stain != "none":
+            raise SettingsError("chan takes the place of channel, nuclear_channel and stain; give it or them.")
+        if self.chan == 0 and self.chan2:
+            raise SettingsError("chan 0 is the mean of all channels, beside which there is no chan2; give chan 1 to 3.")
 
     def diameter_given(self) -> tuple[float, str] | None:
         """The diameter and its unit, ``"px"`` or ``"um"``; None if it is to be estimated."""

@@ -33,7 +33,7 @@ __all__ = ["PIXELS_AT_ONCE", "compute_chunk", "process_block", "run"]
 FloatArray = npt.NDArray[np.float32]
 
 PIXELS_AT_ONCE = 2**22
-"""Of a level of the image that are read at once for the tiles of a chunk."""
+"""Of a level of the image, times inputs, that are read at once for the tiles of a chunk."""
 
 
 def process_block(outputs: dict[Index, FloatArray], lattice: Lattice, chunk: Index) -> npt.NDArray[np.float16]:
@@ -79,48 +79,45 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
 
         def predict(batch: list[Index]) -> FloatArray:
             inputs = np.zeros((len(batch), job.model.n_channels, lattice.tile, lattice.tile), np.float32)
-            turn = _mirrored if job.settings.flows.augment else _as_it_is
+            is_mirrored = job.settings.flows.augment
             for values, tile in zip(inputs, batch, strict=True):
-                values[0] = turn(read(lattice.tile_region(tile)), tile)
-            return np.stack(
-                [turn(output, tile) for output, tile in zip(network.predict(inputs)[0], batch, strict=True)]
-            )
+                shown = read(lattice.tile_region(tile))
+                values[: len(shown)] = _mirrored(shown, tile) if is_mirrored else shown
+            predicted = network.predict(inputs)[0]
+            if is_mirrored:
+                for output, tile in zip(predicted, batch, strict=True):
+                    output[:] = _mirrored(output, tile)
+                    # The flow along an axis that is turned round turns with it.
+                    output[[axis for axis, i in enumerate(tile) if i % 2]] *= -1
+            return predicted
 
         batches = [wanted[start : start + network.batch] for start in range(0, len(wanted), network.batch)]
         outputs: dict[Index, FloatArray] = {}
-        for batch, predicted in zip(batches, CORES.run(predict, batches), strict=True):
-            outputs.update(zip(batch, predicted, strict=True))
+        for batch, found in zip(batches, CORES.run(predict, batches), strict=True):
+            outputs.update(zip(batch, found, strict=True))
         job.store.open("flows.zarr")[chunk] = process_block(outputs, lattice, chunk)
     return {"n_tiles": len(wanted), "n_skipped": len(tiles) - len(wanted), "peak": peak_memory()}
 
 
-def _as_it_is(values: FloatArray, _: Index) -> FloatArray:
-    return values
-
-
 def _mirrored(values: FloatArray, tile: Index) -> FloatArray:
-    """A tile mirrored along the axes on which its index is odd; of outputs, the flow along them turns round."""
-    axes = [axis for axis, i in enumerate(tile) if i % 2]
-    values = np.flip(values, tuple(axis - len(tile) for axis in axes)).copy()
-    if values.ndim > len(tile):
-        values[axes] *= -1
-    return values
+    """Channels of a tile mirrored along the axes on which its index is odd."""
+    return np.flip(values, tuple(axis - len(tile) for axis, i in enumerate(tile) if i % 2))
 
 
 def _reader(job: Job, tiles: list[Index]) -> Callable[[Region], FloatArray]:
     """Gives the normalised pixels of some tiles of a chunk, read together where that is not too much: tiles
     overlap, and storage chunks are larger than tiles."""
     lattice, working = job.lattice, job.working
-    normalisation = job.normalisation
+    shown = job.shown
     around = enclosing([lattice.tile_region(tile) for tile in tiles])
 
     def read(region: Region) -> FloatArray:
-        return read_tile(job.image, job.channel, working, region, normalisation)
+        return read_tile(job.image, shown, working, region)
 
-    if math.prod(pixels_to_read(job.image, working, region_shape(around))) > PIXELS_AT_ONCE:
+    if len(shown) * math.prod(pixels_to_read(job.image, working, region_shape(around))) > PIXELS_AT_ONCE:
         return read
     whole, origin = read(around), tuple(p.start for p in around)
-    return lambda region: whole[shift(region, origin)]
+    return lambda region: whole[(slice(None), *shift(region, origin))]
 
 
 def run(job: Job, executor: Executor, progress: Progress) -> dict[str, int]:

@@ -13,12 +13,13 @@ from .config import Settings
 from .errors import SettingsError
 from .grid import BlockGrid, Index, Lattice, Region, WorkingGrid, enclosing, shift
 from .images import Image
+from .inputs import Input
 from .networks.models import Model
-from .normalisation import LocalRange, Normalisation, WholeRange
+from .normalisation import Inverted, LocalRange, Normalisation, WholeRange
 from .omezarr import LabelsPlan
+from .planes import plane_shape
 from .segmenters import Segmenter
 from .store import Store
-from .working import plane_shape
 
 __all__ = ["Diameter", "Job", "Surveyed", "halo_of"]
 
@@ -67,11 +68,11 @@ class Surveyed:
 
     Attributes
     ----------
-    percentiles : (float, float)
-        Values that become 0 and 1 for the network: percentiles 1 and 99 of the whole image without
-        its empty parts.
+    percentiles : tuple of (float, float)
+        Per input of the network the values that become 0 and 1: percentiles 1 and 99 of the whole image
+        without its empty parts.
     is_constant : bool
-        All pixels are equal: there is nothing to find.
+        All pixels of each input are equal: there is nothing to find.
     n_nonfinite : int
         Pixels that are NaN or infinite, taken as background.
     foreground_cell : tuple of float
@@ -85,7 +86,7 @@ class Surveyed:
         of percentiles for all.
     """
 
-    percentiles: tuple[float, float]
+    percentiles: tuple[tuple[float, float], ...]
     is_constant: bool
     n_nonfinite: int
     foreground_cell: tuple[float, ...]
@@ -101,8 +102,9 @@ class Surveyed:
     def from_json(cls, document: dict[str, Any]) -> Surveyed:
         """From a document."""
         diameter = dict(document["diameter"], quartiles=tuple(document["diameter"]["quartiles"]))
-        tuples = {key: tuple(document[key]) for key in ("percentiles", "foreground_cell", "normalisation_pitch")}
-        return cls(**{**document, **tuples, "diameter": Diameter(**diameter)})
+        tuples = {key: tuple(document[key]) for key in ("foreground_cell", "normalisation_pitch")}
+        percentiles = tuple((low, high) for low, high in document["percentiles"])
+        return cls(**{**document, **tuples, "percentiles": percentiles, "diameter": Diameter(**diameter)})
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ class Job:
     Attributes
     ----------
     image : Image
-    channel : int
-        The channel to segment.
+    inputs : tuple of Input
+        What each input of the network shows; what a function is given.
     settings : Settings
     labeller : Model or Segmenter
         What finds cells: a network, with all five stages, or a function, with masks, stitch and publish.
@@ -132,7 +134,7 @@ class Job:
     """
 
     image: Image
-    channel: int
+    inputs: tuple[Input, ...]
     settings: Settings
     labeller: Model | Segmenter
     device: str
@@ -175,12 +177,16 @@ class Job:
         return self.surveyed
 
     @property
-    def normalisation(self) -> Normalisation:
-        """Which pixel values become 0 and 1."""
+    def shown(self) -> list[tuple[Input, Normalisation]]:
+        """Each input of the network, with its pixel values that become 0 and 1."""
         found = self.found
-        if not found.normalisation_pitch:
-            return WholeRange(*found.percentiles)
-        return LocalRange(self.store.open("survey.zarr/normalisation"), found.normalisation_pitch)
+        how: list[Normalisation] = [WholeRange(*pair) for pair in found.percentiles]
+        if found.normalisation_pitch:
+            maps = self.store.open("survey.zarr/normalisation")
+            how = [LocalRange(maps, i, found.normalisation_pitch) for i in range(len(self.inputs))]
+        if self.settings.survey.invert:
+            how = [Inverted(single) for single in how]
+        return list(zip(self.inputs, how, strict=True))
 
     @property
     def working(self) -> WorkingGrid:

@@ -24,10 +24,11 @@ from .cores import CORES
 from .dynamics import finish_masks, gather_pixels
 from .gpu import idle_device
 from .grid import Block, Region, interpolate, samples_needed
+from .inputs import channels_of
 from .job import CELLPROB_FLOOR, Job
+from .planes import plane_axes, read_channels, refuse_missing
 from .progress import Progress
 from .segmenters import Segmenter, drop_small
-from .working import plane_axes, read_channels, read_plane, refuse_missing
 
 __all__ = ["label_block", "process_block", "read_flows", "run"]
 
@@ -140,11 +141,11 @@ def _labels_by_function(job: Job, segmenter: Segmenter, block: Block) -> tuple[L
     image, shape = job.image, job.shape
     for grown in _growing(job, block):
         if job.settings.survey.missing_chunks == "refuse":
-            refuse_missing(image, 0, grown.padded, None if segmenter.takes_all_channels else job.channel)
+            refuse_missing(image, 0, grown.padded, channels_of(job.inputs))
         if segmenter.takes_all_channels:
             pixels = read_channels(image, grown.padded)
         else:
-            pixels = read_plane(image, 0, grown.padded, job.channel)
+            pixels = job.inputs[0].read(image, 0, grown.padded)
         if not image.is_shippable:
             pixels = pixels.copy()  # the function may write into it, and this may be the caller's own array
         region = ", ".join(f"{a} {p.start}:{p.stop}" for a, p in zip(plane_axes(image), grown.padded, strict=True))

@@ -23,6 +23,7 @@ __all__ = [
     "CELL",
     "CELLS_PER_POINT",
     "SAMPLES_PER_CELL",
+    "Inverted",
     "LocalRange",
     "Normalisation",
     "WholeRange",
@@ -92,23 +93,44 @@ class LocalRange:
 
     Parameters
     ----------
-    points : array of float32, shape (2, *lattice), in memory or on disk
+    maps : array of float32, shape (inputs, 2, *lattice), in memory or on disk
         Low and difference at the lattice points; only what is needed is read.
+    number : int
+        Of the input.
     pitch : tuple of float
         Distance of lattice points in pixels of level 0; the first lies half of it inside the image.
     """
 
-    points: Any
+    maps: Any
+    number: int
     pitch: tuple[float, ...]
 
     def at(self, coordinates: list[Positions]) -> tuple[Any, Any]:
         """Low and difference for every pixel."""
-        sizes = self.points.shape[1:]
+        sizes = self.maps.shape[2:]
         on_lattice = [(at + 0.5) / p - 0.5 for at, p in zip(coordinates, self.pitch, strict=True)]
         parts = tuple(samples_needed(at, n) for at, n in zip(on_lattice, sizes, strict=True))
         positions = [(at, n, part.start) for at, n, part in zip(on_lattice, sizes, parts, strict=True)]
-        low, difference = interpolate(np.asarray(self.points[(slice(None), *parts)]), positions)
+        low, difference = interpolate(np.asarray(self.maps[(self.number, slice(None), *parts)]), positions)
         return low, difference
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """The negative: what became 1 becomes 0.
+
+    Parameters
+    ----------
+    positive : Normalisation
+        Of the picture as it is.
+    """
+
+    positive: Normalisation
+
+    def at(self, coordinates: list[Positions]) -> tuple[Any, Any]:
+        """The high value, and the difference down to the low one."""
+        low, difference = self.positive.at(coordinates)
+        return low + difference, -difference
 
 
 def percentiles_of(samples: FloatArray) -> tuple[float, float]:
@@ -142,7 +164,7 @@ def sample_cells(values: FloatArray) -> FloatArray:
 
 
 def range_map(
-    samples: Any, noise: FloatArray, is_counted: npt.NDArray[np.bool_], whole: tuple[float, float]
+    samples: Any, number: int, noise: FloatArray, is_counted: npt.NDArray[np.bool_], whole: tuple[float, float]
 ) -> FloatArray:
     """Low and difference at the points of the lattice.
 
@@ -153,8 +175,10 @@ def range_map(
 
     Parameters
     ----------
-    samples : array of float32, shape (cells y, cells x, n), in memory or on disk
+    samples : array of float32, shape (inputs, cells y, cells x, n), in memory or on disk
         From `sample_cells`; read in bands of 32 rows of cells.
+    number : int
+        Of the input.
     noise : array of float32, shape (cells y, cells x)
         Standard deviation of the noise in each cell.
     is_counted : array of bool, shape (cells y, cells x)
@@ -175,7 +199,7 @@ def range_map(
 
     found = np.concatenate(
         [
-            _rows_of_points(np.asarray(samples[start : start + BAND]), noise[start : start + BAND], counted)
+            _rows_of_points(np.asarray(samples[number, start : start + BAND]), noise[start : start + BAND], counted)
             for start in range(0, len(is_counted), BAND)
             for counted in [is_counted[start : start + BAND]]
         ],

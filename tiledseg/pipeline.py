@@ -17,17 +17,18 @@ from .cluster import Crew, Executor, connect, crew_of, peak_memory, resolve_devi
 from .config import Settings
 from .errors import OutputError, SettingsError
 from .grid import WorkingGrid
-from .images import Image, channel_index, open_image
+from .images import Image, open_image
+from .inputs import Input, inputs_of, inputs_text
 from .job import Diameter, Job, Surveyed, halo_of
 from .networks.models import Model, find_model
 from .networks.runner import torch_threads_kept
 from .omezarr import labels_exist, level_array
+from .planes import plane_axes, plane_shape
 from .preflight import Preflight
 from .progress import Listener, Progress
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
 from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
 from .store import DiskStore, MemoryStore
-from .working import plane_axes, plane_shape
 
 __all__ = ["Report", "Segmentation", "estimate_diameter", "preview", "segment"]
 
@@ -49,8 +50,8 @@ class Report:
         Name of the function that made the labels, None if a network did.
     diameter : Diameter or None
         Used, and its spread; None if a function made the labels and only a halo was given.
-    percentiles : (float, float) or None
-        Pixel values that became 0 and 1 for the network; None without one.
+    percentiles : tuple of (float, float) or None
+        Per input of the network the pixel values that became 0 and 1; None without one.
     n_blocks, n_skipped_blocks : int
         Blocks, and those in which nothing rises above the noise.
     n_cut_by_halo : int
@@ -83,7 +84,7 @@ class Report:
     n_objects: int
     segmenter: str | None
     diameter: Diameter | None
-    percentiles: tuple[float, float] | None
+    percentiles: tuple[tuple[float, float], ...] | None
     n_blocks: int
     n_skipped_blocks: int
     n_cut_by_halo: int
@@ -231,7 +232,7 @@ def segment(
     >>> segment("slide.ome.zarr", segmenter=nuclei, diameter=30)  # doctest: +SKIP
     """
     chosen = Settings.of(**settings) if segmenter is None else segmenter_settings(settings)
-    opened, channel, labeller = _open(image, axes, chosen, segmenter)
+    opened, inputs, labeller = _open(image, axes, chosen, segmenter)
     place = place_of(opened, output, scratch, chosen)
     _check_geometry(labeller, chosen, opened)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
@@ -243,8 +244,8 @@ def segment(
     ):
         if segmenter is None:
             device = executor.device(device)
-        job = Job(opened, channel, chosen, labeller, device, store)
-        preflight = Preflight(opened, chosen, labeller, place, executor.crew, device)
+        job = Job(opened, inputs, chosen, labeller, device, store)
+        preflight = Preflight(opened, inputs, chosen, labeller, place, executor.crew, device)
         preflight.check(chosen.survey.diameter_px(opened.spacing_um()))
         run_id = reopen(job, place, restart)
         if segmenter is None and device == "cpu" and chosen.flows.device == "auto":
@@ -295,23 +296,34 @@ def _run(job: Job, preflight: Preflight, run_id: str, executor: Executor, progre
 
 def _open(
     image: Any, axes: str | None, settings: Settings, segmenter: Callable[[Any], Any] | None = None
-) -> tuple[Image, int, Model | Segmenter]:
-    """The image, the channel to segment, and what finds the cells; a channel taken for want of a word is named."""
+) -> tuple[Image, tuple[Input, ...], Model | Segmenter]:
+    """The image, what is shown of it, and what finds the cells; a channel taken for want of a word is named."""
     opened = open_image(image, axes=axes)
     plane_axes(opened)
-    wanted = settings.survey.channel
-    takes_all = segmenter is not None and wanted == ALL_CHANNELS and ALL_CHANNELS not in opened.channels
-    channel = 0 if takes_all else channel_index(opened, wanted)
-    if wanted is None and opened.n_channels > 1:
+    survey = settings.survey
+    if segmenter is None:
+        model = _model_of(settings)
+        inputs = inputs_of(opened, survey, model.n_inputs, f"model {model.name}")
+        _say_what_is_shown(opened, settings, inputs)
+        return opened, inputs, model
+    if survey.channel == ALL_CHANNELS and ALL_CHANNELS not in opened.channels:
+        every = tuple(Input((i,)) for i in range(opened.n_channels))
+        return opened, every, Segmenter.of(segmenter, takes_all_channels=True)
+    inputs = inputs_of(opened, survey, 1, "a segmenter")
+    _say_what_is_shown(opened, settings, inputs)
+    return opened, inputs, Segmenter.of(segmenter)
+
+
+def _say_what_is_shown(image: Image, settings: Settings, inputs: tuple[Input, ...]) -> None:
+    """Name what is taken of several channels for want of a word."""
+    survey = settings.survey
+    if image.n_channels > 1 and survey.channel is None and survey.chan is None:
         logger.info(
             "%s has channels %s; taking %s, another with --channel.",
-            opened.name,
-            ", ".join(opened.channels),
-            opened.channels[channel],
+            image.name,
+            ", ".join(image.channels),
+            inputs_text(image, inputs),
         )
-    if segmenter is not None:
-        return opened, channel, Segmenter.of(segmenter, takes_all)
-    return opened, channel, _model_of(settings)
 
 
 def _model_of(settings: Settings) -> Model:
@@ -370,10 +382,10 @@ def estimate_diameter(
         In pixels of level 0, with quartiles and the number of objects it rests on.
     """
     chosen = Settings.of(**settings)
-    opened, channel, model = _open(image, axes, chosen)
+    opened, inputs, model = _open(image, axes, chosen)
     with connect(small=True) as executor, torch_threads_kept():
         device = executor.device(chosen.flows.device)
-        job = Job(opened, channel, chosen, model, device, MemoryStore())
+        job = Job(opened, inputs, chosen, model, device, MemoryStore())
         return survey.run(job, executor, Progress(progress)).diameter
 
 
@@ -416,14 +428,14 @@ def preview(
         all that `preflight.Needs` tells; and ``refused``, why it cannot fit, None if it can.
     """
     chosen = Settings.of(**settings)
-    opened, channel, model = _open(image, axes, chosen)
+    opened, inputs, model = _open(image, axes, chosen)
     place = place_of(opened, output, scratch, chosen)
     _check_geometry(model, chosen, opened)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
     crew = _crew(client, scheduler, workers, chosen, is_small)
     device = "cpu" if chosen.flows.device == "cpu" else resolve_device("auto")
     diameter = _expected_diameter(opened, chosen, _model_of(chosen), place)
-    preflight = Preflight(opened, chosen, model, place, crew, device)
+    preflight = Preflight(opened, inputs, chosen, model, place, crew, device)
     refused = None
     try:
         preflight.check(None if diameter.source == "assumed" else diameter.value)
@@ -431,7 +443,7 @@ def preview(
         refused = str(error)
     return {
         "image": opened.describe(),
-        "channel": opened.channels[channel],
+        "channel": inputs_text(opened, inputs),
         "labels": None if place.plan is None else str(place.plan.path),
         "table": None if place.table is None else str(place.table),
         "scratch": None if place.scratch is None else str(place.scratch),

@@ -26,14 +26,16 @@ from .errors import OutputError, SettingsError
 from .flows import PIXELS_AT_ONCE
 from .grid import BlockGrid, Index, Lattice, WorkingGrid
 from .images import Image
+from .inputs import Input, channels_of
 from .job import halo_of
 from .networks.models import Model
+from .planes import plane_axes, plane_shape
 from .publish import REGION as PUBLISH_REGION
 from .runs import Place
 from .segmenters import Segmenter
 from .stitch import merge_memory
 from .survey import REGION as SURVEY_REGION
-from .working import pixels_to_read, plane_axes, plane_shape, source_level
+from .working import pixels_to_read, source_level
 
 __all__ = ["Needs", "Preflight", "size_text"]
 
@@ -156,7 +158,7 @@ class Preflight:
 
     Parameters
     ----------
-    image, settings, labeller, place
+    image, inputs, settings, labeller, place
         The run.
     crew : Crew
         Who works.
@@ -165,6 +167,7 @@ class Preflight:
     """
 
     image: Image
+    inputs: tuple[Input, ...]
     settings: Settings
     labeller: Model | Segmenter
     place: Place
@@ -245,14 +248,14 @@ class Preflight:
         padded = tuple(min(n, b + 2 * halo) for n, b in zip(blocks.shape, blocks.block, strict=True))
         n_pixels = math.prod(padded)
         if isinstance(self.labeller, Segmenter):
-            n_channels = image.n_channels if self.labeller.takes_all_channels else 1
+            n_channels = len(channels_of(self.inputs))
             yield "masks", TASK_BYTES + FUNCTION_PIXEL * n_pixels + _reading(image, 0, padded, n_channels)
         else:
             n_working = 0 if working is None else math.ceil(n_pixels * math.prod(working.scale))
             n_followed = n_pixels if masks.resample else n_working
-            yield "survey", max(_survey_bytes(image, level) for level in range(len(image.levels)))
+            yield "survey", max(_survey_bytes(image, self.inputs, level) for level in range(len(image.levels)))
             if working is not None:
-                yield "flows", _network_bytes(self.labeller) + _tiles_bytes(image, self.labeller, working)
+                yield "flows", _network_bytes(self.labeller) + _tiles_bytes(image, self.inputs, self.labeller, working)
             yield "masks", TASK_BYTES + MASKS_PIXEL * n_followed + MASKS_WORKING_PIXEL * n_working + 8 * n_pixels
         yield "stitch", TASK_BYTES + _stitch_bytes(blocks, n_objects, self.crew.n_threads)
         region = tuple(min(n, PUBLISH_REGION) for n in blocks.shape)
@@ -347,10 +350,15 @@ class Preflight:
                 )
 
 
-def _survey_bytes(image: Image, level: int) -> int:
-    """Memory to survey a region of a level."""
+def _survey_bytes(image: Image, inputs: tuple[Input, ...], level: int) -> int:
+    """Memory to survey a region of a level, an input at a time."""
     wide = tuple(min(n, SURVEY_REGION + 32) for n in plane_shape(image, level))
-    return TASK_BYTES + SURVEY_PIXEL * math.prod(wide) + _reading(image, level, wide, 1)
+    return TASK_BYTES + SURVEY_PIXEL * math.prod(wide) + _reading(image, level, wide, _most_channels(inputs))
+
+
+def _most_channels(inputs: tuple[Input, ...]) -> int:
+    """How many channels are read at once for one input."""
+    return max(len(single.channels) for single in inputs)
 
 
 def _network_bytes(model: Model) -> int:
@@ -358,13 +366,15 @@ def _network_bytes(model: Model) -> int:
     return FLOWS_BYTES + (0 if model.architecture == "unet" else ATTENTION_BYTES * (model.tile // PATCH) ** 4)
 
 
-def _tiles_bytes(image: Image, model: Model, working: WorkingGrid) -> int:
+def _tiles_bytes(image: Image, inputs: tuple[Input, ...], model: Model, working: WorkingGrid) -> int:
     """Memory to read the tiles of a chunk, at once or one by one, from the level just finer than the working grid."""
     lattice = Lattice(working.shape, model.tile, model.stride)
     sides = (pixels_to_read(image, working, of) for of in (lattice.piece_shape, (model.tile,) * len(working.shape)))
     piece, tile = sides
-    read = piece if math.prod(piece) <= PIXELS_AT_ONCE else tile
-    return FLOWS_PIXEL * math.prod(read) + _reading(image, source_level(image, working), read, 1)
+    n = len(inputs)
+    read = piece if n * math.prod(piece) <= PIXELS_AT_ONCE else tile
+    level = source_level(image, working)
+    return n * FLOWS_PIXEL * math.prod(read) + _reading(image, level, read, _most_channels(inputs))
 
 
 def _stitch_bytes(blocks: BlockGrid, n_objects: int, n_threads: int) -> int:

@@ -27,8 +27,8 @@ from .grid import Region, overlap, shift
 from .job import Job
 from .objects import measure_objects
 from .omezarr import finish_labels, level_array
+from .planes import read_channels
 from .progress import Progress
-from .working import read_channels
 
 __all__ = ["process_block", "run", "table_of"]
 

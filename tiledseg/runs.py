@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import json
 import logging
 import math
 import shutil
@@ -29,22 +30,22 @@ from .errors import OutputError, SettingsError
 from .images import Image, MemorySource, open_image
 from .job import Job
 from .omezarr import LabelsPlan, create_labels, labels_exist, plan_labels, remove_labels
+from .planes import plane_region, plane_shape
 from .segmenters import APPLICABLE
 from .store import DiskStore, MemoryStore, Store
-from .working import plane_region, plane_shape
 
 __all__ = ["Place", "fingerprint", "is_shippable", "labels_folder", "place_of", "reopen", "scratch_of", "shippable"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Of the scratch; another number means that what is there cannot be continued."""
 
 LARGE_ARRAY = 2**28
 LABELS_RECORD = "masks.json"
 MAY_CHANGE = {"block", "halo", "flow_threshold", "cellprob_threshold", "min_size", "niter", "resample"}
 NO_MATTER = {"device", "missing_chunks", "ome_zarr"}
-MATTERS_TO_A_FUNCTION = {"channel", "name"}
+MATTERS_TO_A_FUNCTION = {"channel", "combine", "stain", "name"}
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,16 @@ def _described(job: Job, plan: LabelsPlan | None) -> dict[str, Any]:
     else:
         made_by = {"segmenter": f"{job.segmenter.name} {job.segmenter.identity}", "model file": None, "device": None}
         settings = {k: v if k in MATTERS_TO_A_FUNCTION else None for k, v in settings.items()}
-    return {
+    described = {
         "format": FORMAT,
         "image": fingerprint(job.image),
         **made_by,
         "ome_zarr": None if plan is None else plan.version,
         **settings,
     }
+    # As it reads when it comes back from the scratch.
+    reread: dict[str, Any] = json.loads(json.dumps(described))
+    return reread
 
 
 def _owner(plan: LabelsPlan) -> str | None:

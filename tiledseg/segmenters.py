@@ -34,7 +34,18 @@ LabelArray = npt.NDArray[np.uint32]
 ALL_CHANNELS = "all"
 """Value of the setting `channel` that gives a function every channel."""
 
-APPLICABLE = {"channel", "diameter", "missing_chunks", "block", "halo", "min_size", "name", "ome_zarr"}
+APPLICABLE = {
+    "channel",
+    "combine",
+    "stain",
+    "diameter",
+    "missing_chunks",
+    "block",
+    "halo",
+    "min_size",
+    "name",
+    "ome_zarr",
+}
 """Settings that a run with a function has; all others are the network's."""
 
 MAX_ID = 2**32 - 1

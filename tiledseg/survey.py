@@ -3,8 +3,8 @@
 Reads
     The image: all of one level (level 0, or a coarser one of very large images), then windows.
 Writes
-    ``survey.zarr``: sampled values and noise statistics per region, then the foreground map and,
-    if asked for, the map of the normalisation;
+    ``survey.zarr``: for each input of the network sampled values and noise statistics per region, then
+    the foreground map of all and, if asked for, the maps of the normalisation;
     ``survey.json``: percentiles (of the parts that are not empty), diameter with its spread.
 Parallel over
     Regions of the level, then windows of the image.
@@ -28,12 +28,14 @@ from .errors import ModelError
 from .foreground import foreground_map
 from .grid import Region, WorkingGrid
 from .images import Image
+from .inputs import channels_of
 from .job import Diameter, Job, Surveyed
 from .networks.runner import load_network
 from .normalisation import CELL, CELLS_PER_POINT, SAMPLES_PER_CELL, percentiles_of, range_map, sample_cells
 from .objects import object_extents
+from .planes import plane_axes, plane_shape, refuse_missing
 from .progress import Progress
-from .working import box_mean, finite_float, plane_axes, plane_shape, read_plane, read_tile, refuse_missing
+from .working import box_mean, finite_float, read_tile
 
 __all__ = ["measure_window", "process_block", "run"]
 
@@ -147,30 +149,31 @@ class _Sampling:
 
 
 def survey_region(number: int, job: Job) -> dict[str, Any]:
-    """Task: sample one region and measure its cells."""
+    """Task: sample one region and measure its cells, for each input of the network."""
     sampling = _Sampling(job.image)
     region = sampling.region(number)
     if job.settings.survey.missing_chunks == "refuse":
-        refuse_missing(job.image, sampling.level, region, job.channel)
+        refuse_missing(job.image, sampling.level, region, channels_of(job.inputs))
     wide = tuple(
         slice(max(0, p.start - MARGIN), min(n, p.stop + MARGIN)) for p, n in zip(region, sampling.shape, strict=True)
     )
-    raw = read_plane(job.image, sampling.level, wide, job.channel)
     core = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(region, wide, strict=True))
-    values = finite_float(raw, np.nan)
-    samples = values[core][sampling.sampled(region)].ravel()
     cells = tuple(slice(p.start // CELL, -(-p.stop // CELL)) for p in region)
-    if job.settings.survey.normalize == "local":
-        job.store.open("survey.zarr/by-cell")[cells] = sample_cells(values[core])
-    n_nonfinite = int(np.isnan(values[core]).sum())
-    if n_nonfinite or np.isnan(values).any():
-        values[np.isnan(values)] = 0 if np.isnan(values).all() else np.nanmin(values)
-    stored = np.full(sampling.samples_per_region, np.nan, np.float32)
-    stored[: samples.size] = samples
-    job.store.open("survey.zarr/samples")[number] = stored
-    job.store.open("survey.zarr/cells")[(slice(None), *cells)] = process_block(values, core)
-    extremes = values[core]
-    job.store.save(f"survey.zarr/facts-{number}", np.array([n_nonfinite, extremes.min(), extremes.max()], np.float64))
+    facts = np.zeros((len(job.inputs), 3), np.float64)
+    for i, single in enumerate(job.inputs):
+        values = finite_float(single.read(job.image, sampling.level, wide), np.nan)
+        samples = values[core][sampling.sampled(region)].ravel()
+        if job.settings.survey.normalize == "local":
+            job.store.open("survey.zarr/by-cell")[(i, *cells)] = sample_cells(values[core])
+        n_nonfinite = int(np.isnan(values[core]).sum())
+        if n_nonfinite or np.isnan(values).any():
+            values[np.isnan(values)] = 0 if np.isnan(values).all() else np.nanmin(values)
+        stored = np.full(sampling.samples_per_region, np.nan, np.float32)
+        stored[: samples.size] = samples
+        job.store.open("survey.zarr/samples")[i, number] = stored
+        job.store.open("survey.zarr/cells")[(i, slice(None), *cells)] = process_block(values, core)
+        facts[i] = n_nonfinite, values[core].min(), values[core].max()
+    job.store.save(f"survey.zarr/facts-{number}", facts)
     return {"peak": peak_memory()}
 
 
@@ -182,18 +185,14 @@ def run(job: Job, executor: Executor, progress: Progress) -> Surveyed:
     if document is not None:
         progress.start("survey", n_regions, n_regions)
         return Surveyed.from_json(document)
-    cells_per_region = REGION // CELL
-    job.store.create(
-        "survey.zarr/samples",
-        (n_regions, sampling.samples_per_region),
-        (1, sampling.samples_per_region),
-        "float32",
-    )
-    job.store.create("survey.zarr/cells", (3, *sampling.cells), (3, cells_per_region, cells_per_region), "float32")
+    n, side = len(job.inputs), REGION // CELL
+    n_samples = sampling.samples_per_region
+    job.store.create("survey.zarr/samples", (n, n_regions, n_samples), (1, 1, n_samples), "float32")
+    job.store.create("survey.zarr/cells", (n, 3, *sampling.cells), (1, 3, side, side), "float32")
     job.store.create("survey.zarr/foreground", sampling.cells, (1024, 1024), "bool")
     if job.settings.survey.normalize == "local":
-        per_chunk = (cells_per_region, cells_per_region, SAMPLES_PER_CELL)
-        job.store.create("survey.zarr/by-cell", (*sampling.cells, SAMPLES_PER_CELL), per_chunk, "float32")
+        per_chunk = (1, side, side, SAMPLES_PER_CELL)
+        job.store.create("survey.zarr/by-cell", (n, *sampling.cells, SAMPLES_PER_CELL), per_chunk, "float32")
     done = job.store.done("survey")
     progress.start("survey", n_regions, len(done))
     todo = [number for number in range(n_regions) if number not in done]
@@ -208,47 +207,68 @@ def run(job: Job, executor: Executor, progress: Progress) -> Surveyed:
 
 
 def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
-    """Percentiles and foreground map from what the regions left."""
-    samples = job.store.open("survey.zarr/samples")[:]
-    cells = job.store.open("survey.zarr/cells")[:]
-    facts = np.stack([job.store.load(f"survey.zarr/facts-{i}") for i in range(len(samples))])
-    lowest, highest = float(facts[:, 1].min()), float(facts[:, 2].max())
-    is_constant = not highest > lowest
+    """Percentiles, foreground and map of the normalisation from what the regions left, input by input."""
+    settings = job.settings.survey
+    n, n_regions = len(job.inputs), math.prod(sampling.counts)
+    facts = np.stack([job.store.load(f"survey.zarr/facts-{i}") for i in range(n_regions)])
+    level = job.image.levels[sampling.level]
+    cell_size = tuple(CELL * level.scale[job.image.spatial_axes.index(axis)] for axis in plane_axes(job.image))
+    is_local = settings.normalize == "local"
+    if is_local:
+        lattice = tuple(-(-count // CELLS_PER_POINT) for count in sampling.cells)
+        job.store.create("survey.zarr/normalisation", (n, 2, *lattice), (1, 2, 256, 256), "float32")
+    foreground = np.zeros(sampling.cells, np.bool_)
+    percentiles = []
+    for i, single in enumerate(job.inputs):
+        cells = job.store.open("survey.zarr/cells")[i]
+        extremes = float(facts[:, i, 1].min()), float(facts[:, i, 2].max())
+        name = f"{single.text(job.image)} of {job.image.name}"
+        samples = job.store.open("survey.zarr/samples")[i]
+        (low, high), holds_something = _range_of(samples, cells, sampling, extremes, name)
+        percentiles.append((low, high))
+        if extremes[0] < extremes[1]:
+            foreground |= foreground_map(cells, high - low)
+        if is_local:
+            points = range_map(job.store.open("survey.zarr/by-cell"), i, cells[2], holds_something, (low, high))
+            job.store.open("survey.zarr/normalisation")[i] = points
+    is_constant = bool((facts[:, :, 1].min(axis=0) >= facts[:, :, 2].max(axis=0)).all())
+    is_mapped = settings.foreground == "auto" and not is_constant
+    if is_mapped:
+        job.store.open("survey.zarr/foreground")[:] = foreground
+    return Surveyed(
+        percentiles=tuple(percentiles),
+        is_constant=is_constant,
+        n_nonfinite=int(facts[:, :, 0].sum()),
+        foreground_cell=cell_size if is_mapped else (),
+        foreground_fraction=float(foreground.mean()) if is_mapped else float(not is_constant),
+        diameter=Diameter(job.model.diam_mean, "default", (job.model.diam_mean,) * 2),
+        normalisation_pitch=tuple(CELLS_PER_POINT * side for side in cell_size) if is_local else (),
+    )
+
+
+def _range_of(
+    samples: FloatArray, cells: FloatArray, sampling: _Sampling, extremes: tuple[float, float], name: str
+) -> tuple[tuple[float, float], npt.NDArray[np.bool_]]:
+    """Which values of an input become 0 and 1, and in which cells of the map something rises above the noise."""
     low, high = percentiles_of(samples)
     # On a slide that is nearly empty both percentiles of all pixels are background, and cells would
     # be many times brighter than the network has ever seen: the empty parts do not count.
     holds_something = foreground_map(cells, high - low, reach=0)
     if holds_something.any():
         low, high = percentiles_of(sampling.where(samples, holds_something))
-    if not high > low and not is_constant:
+    lowest, highest = extremes
+    if lowest >= highest:
+        return (low, low + 1.0), holds_something
+    if low >= high:
         logger.warning(
             "percentiles 1 and 99 of %s are both %g; normalising by its smallest and largest value, %g and %g.",
-            job.image.name,
+            name,
             low,
             lowest,
             highest,
         )
-        low, high = lowest, highest
-    if is_constant:
-        high = low + 1.0
-    cell: tuple[float, ...] = ()
-    pitch: tuple[float, ...] = ()
-    fraction = 0.0 if is_constant else 1.0
-    level = job.image.levels[sampling.level]
-    cell_size = tuple(CELL * level.scale[job.image.spatial_axes.index(axis)] for axis in plane_axes(job.image))
-    if job.settings.survey.foreground == "auto" and not is_constant:
-        cell = cell_size
-        foreground = foreground_map(cells, high - low)
-        job.store.open("survey.zarr/foreground")[:] = foreground
-        fraction = float(foreground.mean())
-    if job.settings.survey.normalize == "local" and not is_constant:
-        pitch = tuple(CELLS_PER_POINT * side for side in cell_size)
-        points = range_map(job.store.open("survey.zarr/by-cell"), cells[2], holds_something, (low, high))
-        job.store.create("survey.zarr/normalisation", points.shape, (2, 256, 256), "float32")
-        job.store.open("survey.zarr/normalisation")[:] = points
-    unknown = Diameter(job.model.diam_mean, "default", (job.model.diam_mean,) * 2)
-    n_nonfinite = int(facts[:, 0].sum())
-    return Surveyed((low, high), is_constant, n_nonfinite, cell, fraction, unknown, pitch)
+        return (lowest, highest), holds_something
+    return (low, high), holds_something
 
 
 def _find_diameter(job: Job, found: Surveyed, executor: Executor, progress: Progress) -> Diameter:
@@ -326,13 +346,13 @@ def _window(job: Job, centre: Centre, diameter: float) -> tuple[WorkingGrid, Reg
     for c, s, n in zip(centre, grid.scale, grid.shape, strict=True):
         starts.append(min(max(0, round(c * s - tile / 2)), max(0, n - tile)))
     region = tuple(slice(start, start + tile) for start in starts)
-    return grid, region, read_tile(job.image, job.channel, grid, region, job.normalisation)
+    return grid, region, read_tile(job.image, job.shown, grid, region)
 
 
 def _as_input(values: FloatArray, n_channels: int) -> FloatArray:
-    """One tile as network input: further channels are empty."""
-    tiles = np.zeros((1, n_channels, *values.shape), np.float32)
-    tiles[0, 0] = values
+    """One tile as network input: channels for which there is nothing are empty."""
+    tiles = np.zeros((1, n_channels, *values.shape[1:]), np.float32)
+    tiles[0, : len(values)] = values
     return tiles
 
 

@@ -1,4 +1,4 @@
-"""The image as the network sees it: one channel on the working grid, normalised.
+"""The image as the network sees it: its inputs on the working grid, normalised.
 
 Every value is computed from its global index, so a tile's content depends on where the tile lies
 and on nothing else.
@@ -7,88 +7,21 @@ and on nothing else.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ImageError
 from .grid import Index, Region, WorkingGrid, interpolate, linear_weights
 from .images import Image, Level
+from .inputs import Input
 from .normalisation import Normalisation
+from .planes import plane_axes, plane_shape
 
-__all__ = [
-    "pixels_to_read",
-    "plane_axes",
-    "plane_region",
-    "plane_shape",
-    "read_channels",
-    "read_plane",
-    "read_tile",
-    "refuse_missing",
-    "source_level",
-]
+__all__ = ["box_mean", "finite_float", "pixels_to_read", "read_tile", "source_level"]
 
 FloatArray = npt.NDArray[np.float32]
-
-
-def plane_axes(image: Image) -> str:
-    """The axes cells extend along; those of length 1 beside y and x are carried along.
-
-    Raises
-    ------
-    ImageError
-        If the image is a volume or a series over time.
-    """
-    for axis in "tz":
-        if axis in image.axes and (n := image.shape[image.axes.index(axis)]) > 1:
-            raise ImageError(
-                f"{image.name} has axis {axis!r} of length {n}; this version segments single planes: "
-                f"give an image whose {axis} has length 1."
-            )
-    return "yx"
-
-
-def plane_shape(image: Image, level: int = 0) -> Index:
-    """Shape of a level along the axes cells extend along."""
-    return tuple(image.levels[level].shape[image.axes.index(axis)] for axis in plane_axes(image))
-
-
-def plane_region(image: Image, region: Region, channel: int | None) -> Region:
-    """A region over all axes of the image from one over its plane; no channel means all."""
-    parts = dict(zip(plane_axes(image), region, strict=True))
-    channels = slice(0, image.n_channels) if channel is None else slice(channel, channel + 1)
-    return tuple(parts.get(axis, channels if axis == "c" else slice(0, 1)) for axis in image.axes)
-
-
-def read_plane(image: Image, level: int, region: Region, channel: int) -> npt.NDArray[np.generic]:
-    """One channel of a region of a level, shape of the region."""
-    values = image.read(level, plane_region(image, region, channel))
-    return values.reshape(tuple(part.stop - part.start for part in region))
-
-
-def read_channels(image: Image, region: Region) -> npt.NDArray[np.generic]:
-    """Every channel of a region of level 0, channels first; one if the image has no such axis."""
-    values = image.read(0, plane_region(image, region, None))
-    if "c" in image.axes:
-        values = np.moveaxis(values, image.axes.index("c"), 0)
-    return values.reshape((image.n_channels, *(part.stop - part.start for part in region)))
-
-
-def refuse_missing(image: Image, level: int, region: Region, channel: int | None) -> None:
-    """Refuse a region of which chunks are not stored.
-
-    Raises
-    ------
-    ImageError
-        If there are any; it names the first.
-    """
-    missing = image.missing_chunks(level, plane_region(image, region, channel))
-    if missing:
-        raise ImageError(
-            f"chunk {missing[0]} of {image.name} is missing ({len(missing)} in this region); restore it, or if the "
-            "image was written without its empty chunks, add --missing-chunks fill."
-        )
 
 
 def _level_scale(image: Image, level: Level) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -117,31 +50,28 @@ def pixels_to_read(image: Image, grid: WorkingGrid, sides: Index) -> Index:
 
 def read_tile(
     image: Image,
-    channel: int,
+    shown: Sequence[tuple[Input, Normalisation]],
     grid: WorkingGrid,
     region: Region,
-    normalisation: Normalisation,
 ) -> FloatArray:
-    """One channel on a region of the working grid, normalised.
+    """What the network is shown on a region of the working grid.
 
     Parameters
     ----------
     image : Image
         Any image; where it has a pyramid, the level just finer than the grid is read.
-    channel : int
-        Which channel.
+    shown : sequence of (Input, Normalisation)
+        Each input, and its values that become 0 and 1. Pixels that are not finite count as the first.
     grid : WorkingGrid
         The grid.
     region : tuple of slice
         In working pixels; may reach outside the grid, where the result is 0 (background).
-    normalisation : Normalisation
-        Values that become 0 and 1. Pixels that are not finite count as the first.
 
     Returns
     -------
-    values : array of float32, shape of region
+    values : array of float32, shape (inputs, *region)
     """
-    result = np.zeros(tuple(p.stop - p.start for p in region), np.float32)
+    result = np.zeros((len(shown), *(p.stop - p.start for p in region)), np.float32)
     inside = tuple(slice(max(p.start, 0), min(p.stop, n)) for p, n in zip(region, grid.shape, strict=True))
     if any(p.start >= p.stop for p in inside):
         return result
@@ -161,12 +91,14 @@ def read_tile(
         positions.append((coordinates, n_reduced, int(low[0])))
         factors.append(factor)
         pixels.append(np.arange(needed[-1].start, needed[-1].stop, dtype=np.float64) * scale[axis] + offset[axis])
-    raw = read_plane(image, source, tuple(needed), channel)
-    background = normalisation.at(pixels)[0] if raw.dtype.kind == "f" else np.float32(0)
-    values = interpolate(box_mean(finite_float(raw, background), tuple(factors)), positions)
-    low, difference = normalisation.at([grid.to_image(p.start, p.stop, axis) for axis, p in enumerate(inside)])
-    values = (values - low) / difference
-    result[tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(inside, region, strict=True))] = values
+    in_image = [grid.to_image(p.start, p.stop, axis) for axis, p in enumerate(inside)]
+    where = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(inside, region, strict=True))
+    for target, (single, normalisation) in zip(result, shown, strict=True):
+        raw = single.read(image, source, tuple(needed))
+        background = normalisation.at(pixels)[0] if raw.dtype.kind == "f" else np.float32(0)
+        values = interpolate(box_mean(finite_float(raw, background), tuple(factors)), positions)
+        low, difference = normalisation.at(in_image)
+        target[where] = (values - low) / difference
     return result
 
 

@@ -33,6 +33,7 @@ from tiledseg.dynamics import compute_masks
 from tiledseg.grid import interpolate
 from tiledseg.heat import label_flows
 from tiledseg.images import open_image
+from tiledseg.inputs import Input
 from tiledseg.job import Job
 from tiledseg.masks import read_flows
 from tiledseg.networks.models import find_model
@@ -60,7 +61,7 @@ def network_flows(example: Example) -> tuple[Floats, Floats, int]:
     """Unit flows and logits of the default network at full size, and the steps Cellpose would take."""
     settings, model = Settings.of(diameter=example.diameter), find_model("tiledseg-nuclei")
     with connect(small=True) as executor, torch_threads_kept():
-        job = Job(open_image(example.image), 0, settings, model, executor.device("cpu"), MemoryStore())
+        job = Job(open_image(example.image), (Input((0,)),), settings, model, executor.device("cpu"), MemoryStore())
         job = dataclasses.replace(job, surveyed=survey.run(job, executor, Progress(None)))
         flows.run(job, executor, Progress(None))
     working = job.working

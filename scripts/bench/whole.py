@@ -31,11 +31,13 @@ from runs import Bench, prepare, row_of, run_tiledseg
 from tiledseg.dynamics import warm_up
 from tiledseg.grid import Lattice, WorkingGrid
 from tiledseg.images import open_image
+from tiledseg.inputs import Input
 from tiledseg.networks.models import find_model
 from tiledseg.networks.runner import load_network, torch_threads_kept
 from tiledseg.normalisation import WholeRange
 from tiledseg.omezarr import write_image
-from tiledseg.working import plane_shape, read_tile
+from tiledseg.planes import plane_shape
+from tiledseg.working import read_tile
 
 LIMIT = 1.5
 AP_SLACK = 0.01
@@ -50,14 +52,14 @@ def bare_network_s(path: Path, percentiles: tuple[float, float], n_threads: int)
     image, model = open_image(path), find_model("tiledseg-nuclei")
     working = WorkingGrid.for_diameter(plane_shape(image), DIAMETER, model.diam_mean)
     lattice = Lattice(working.shape, model.tile, model.stride)
-    network, whole_range = load_network(model, "cpu"), WholeRange(*percentiles)
+    network, shown = load_network(model, "cpu"), [(Input((0,)), WholeRange(*percentiles))]
     tiles = itertools.product(*(range(n) for n in lattice.counts))
     seconds = 0.0
     with torch_threads_kept(), ThreadPoolExecutor(n_threads) as pool:
 
         def read(tile: tuple[int, ...]) -> np.ndarray:
             inputs = np.zeros((1, model.n_channels, model.tile, model.tile), np.float32)
-            inputs[0, 0] = read_tile(image, 0, working, lattice.tile_region(tile), whole_range)
+            inputs[0, :1] = read_tile(image, shown, working, lattice.tile_region(tile))
             return inputs
 
         list(pool.map(network.predict, [read((0, 0))] * 2 * n_threads))  # warm
@@ -79,7 +81,7 @@ def time_of_whole(folder: Path, side: int, cores: int) -> dict[str, Any]:
     row: dict[str, Any] = {"slide": f"{side} x {side}", "whole s": measured.seconds}
     if not report:
         return {**row, "ratio": float("nan"), **measured.failure}
-    network_s, n_tiles = bare_network_s(path, report["percentiles"], cores)
+    network_s, n_tiles = bare_network_s(path, report["percentiles"][0], cores)
     stages = {stage: report["seconds"][stage] for stage in ("flows", "masks", "stitch", "publish")}
     return {
         **row,

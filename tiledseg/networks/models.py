@@ -71,6 +71,8 @@ class KnownModel:
         Who has the file: ``"tiledseg"`` (it comes with the package), ``"cellpose3"`` or ``"cellpose4"``.
     file, size_file : str
         Names in the folder of models; no size model if empty.
+    n_inputs : int or None
+        How many of the network's input channels were trained on; None for all.
     """
 
     name: str
@@ -79,6 +81,7 @@ class KnownModel:
     store: str
     file: str
     size_file: str = ""
+    n_inputs: int | None = None
 
     @property
     def path(self) -> Path:
@@ -95,6 +98,7 @@ KNOWN_MODELS = {
             OURS,
             "tiledseg",
             "tiledseg-nuclei.pt",
+            n_inputs=1,
         ),
         KnownModel(
             "cyto3",
@@ -113,7 +117,7 @@ KNOWN_MODELS = {
             "size_cyto2torch_0.npy",
         ),
         KnownModel("cyto", "cells, the first model", THEIRS, "cellpose3", "cytotorch_0", "size_cytotorch_0.npy"),
-        KnownModel("nuclei", "nuclei", THEIRS, "cellpose3", "nucleitorch_0", "size_nucleitorch_0.npy"),
+        KnownModel("nuclei", "nuclei", THEIRS, "cellpose3", "nucleitorch_0", "size_nucleitorch_0.npy", n_inputs=1),
         KnownModel("cpsam_v2", "cells and nuclei of any size; wants a GPU", THEIRS, "cellpose4", "cpsam_v2"),
         KnownModel("cpsam", "the first version of cpsam_v2", THEIRS, "cellpose4", "cpsam"),
         KnownModel("cpdino", "as cpsam_v2, on DINOv3 (package dinov3)", THEIRS, "cellpose4", "cpdino"),
@@ -140,6 +144,8 @@ class Model:
         Which kind of network the file holds, a key of `ARCHITECTURES`.
     n_channels : int
         Input channels of the network.
+    n_inputs : int
+        How many of them may show something; the others are zero.
     tile, stride : int
         The lattice, in working pixels.
     size : SizeModel or None
@@ -152,6 +158,7 @@ class Model:
     diam_mean: float
     architecture: str
     n_channels: int
+    n_inputs: int
     tile: int
     stride: int
     size: SizeModel | None = None
@@ -203,16 +210,19 @@ def find_model(name: str, tile_overlap: float = 0.1) -> Model:
                 f"unknown model {name!r}; known are {', '.join(KNOWN_MODELS)}, or give the path of a model file."
             )
         size = path.with_name(f"{path.name}_size.npy")
-        return _describe(name, path, path.stat().st_mtime_ns, size if size.is_file() else None, tile_overlap)
+        size_path = size if size.is_file() else None
+        return _describe(name, path, path.stat().st_mtime_ns, size_path, None, tile_overlap)
     size_path = model_folder() / known.size_file if known.size_file else None
     for needed in (known.path, size_path):
         if needed is not None and not needed.is_file():
             fetch(known.store, needed)
-    return _describe(name, known.path, known.path.stat().st_mtime_ns, size_path, tile_overlap)
+    return _describe(name, known.path, known.path.stat().st_mtime_ns, size_path, known.n_inputs, tile_overlap)
 
 
 @functools.lru_cache(maxsize=8)
-def _describe(name: str, path: Path, _modified: int, size_path: Path | None, tile_overlap: float) -> Model:
+def _describe(
+    name: str, path: Path, _modified: int, size_path: Path | None, n_inputs: int | None, tile_overlap: float
+) -> Model:
     """Read what a model's file says, once per process and state of the file."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -231,4 +241,5 @@ def _describe(name: str, path: Path, _modified: int, size_path: Path | None, til
         size = None if size_path is None else read_size_model(size_path)
         path = path.resolve()
     stride = int(kind.tile / (1 + 2 * tile_overlap)) // POOLING * POOLING
-    return Model(name, path, sha256, diam_mean, kind.name, kind.n_channels, kind.tile, stride, size)
+    n_inputs = kind.n_channels if n_inputs is None else n_inputs
+    return Model(name, path, sha256, diam_mean, kind.name, kind.n_channels, n_inputs, kind.tile, stride, size)
