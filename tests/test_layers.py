@@ -11,7 +11,18 @@ PACKAGE = Path(__file__).parents[1] / "tiledseg"
 
 ROWS = [
     {"errors", "images.damage", "images.units"},
-    {"axes", "cores", "foreground", "lerp", "malloc", "overlaps", "networks.fetch", "networks.size", "networks.states"},
+    {
+        "axes",
+        "cores",
+        "shapes",
+        "foreground",
+        "lerp",
+        "malloc",
+        "overlaps",
+        "networks.fetch",
+        "networks.size",
+        "networks.states",
+    },
     {"objects", "particles", "networks.unet"},
     {"heat"},
     {"gpu"},
@@ -43,6 +54,7 @@ HOMES = {
     "pyarrow": {"publish", "pipeline"},
     "tqdm": {"cli"},
     "PIL": {"pictures"},
+    "roifile": {"shapes"},
     "skimage": {"demo", "inputs"},
 }
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
+from skimage.measure import regionprops
 
 import tiledseg
+from tiledseg.config import Settings
 from tiledseg.errors import SettingsError
+from tiledseg.omezarr import write_image
 from tiledseg.slides import synthetic_slide
 
 from .conftest import Slide
@@ -74,3 +80,82 @@ def test_augmenting_asks_mirrored_tiles_and_does_not_depend_on_blocks(slide: Sli
 def test_an_overlap_that_tiles_cannot_have_is_refused(slide: Slide, value: object) -> None:
     with pytest.raises(SettingsError, match="tile_overlap must be"):
         tiledseg.segment(slide[0], tile_overlap=value)
+
+
+@pytest.fixture(scope="module")
+def grainy() -> tuple[Any, Any]:
+    """Discs of 40 px, 6 px apart, with grains in them: what is seen at another scale is something else."""
+    rng = np.random.default_rng(4)
+    y, x = np.mgrid[:400, :400]
+    truth = np.zeros(y.shape, np.uint32)
+    for label, (cy, cx) in enumerate(itertools.product(range(30, 376, 46), repeat=2), 1):
+        truth[(y - cy) ** 2 + (x - cx) ** 2 < 20**2] = label
+    grains = gaussian_filter(rng.normal(size=truth.shape), 4)
+    light = (truth > 0) * np.clip(1 + 0.5 * grains / grains.std(), 0.05, 3)
+    return rng.poisson(1000 * gaussian_filter(light, 1) + 100).astype(np.uint16), truth
+
+
+def parts_and_neighbours(labels: Any, truth: Any) -> tuple[int, int]:
+    """How many cells hold several objects, and how many objects hold several cells, by at least 40 pixels each."""
+    pairs, counts = np.unique(np.stack([truth.ravel(), labels.ravel()]), axis=1, return_counts=True)
+    cells, objects = pairs[:, (pairs > 0).all(axis=0) & (counts >= 40)]
+    return int((np.bincount(cells) > 1).sum()), int((np.bincount(objects) > 1).sum())
+
+
+def test_a_diameter_that_is_too_small_splits(grainy: tuple[Any, Any]) -> None:
+    image, truth = grainy
+    assert parts_and_neighbours(labels_of(image, diameter=40), truth)[0] <= 3
+    assert parts_and_neighbours(labels_of(image, diameter=13), truth)[0] > 10
+
+
+def test_a_diameter_that_is_too_large_merges(slide: Slide) -> None:
+    image, truth = slide
+    assert parts_and_neighbours(labels_of(image), truth)[1] == 0
+    assert parts_and_neighbours(labels_of(image, diameter=2.5 * DIAMETER), truth)[1] > 20
+
+
+def test_resampling_makes_smooth_outlines_of_large_cells() -> None:
+    """Followed on the network's grid, cells seven times as large as it has them get stairs of seven pixels."""
+    image, truth = synthetic_slide((700, 700), diameter=120.0, seed=5)
+    smooth, stairs = (labels_of(image, diameter=120.0, resample=value) for value in (True, False))
+    assert tiledseg.compare(smooth, truth).overall.ap[2] >= tiledseg.compare(stairs, truth).overall.ap[2]
+    roundness = [
+        np.median([4 * np.pi * cell.area / cell.perimeter**2 for cell in regionprops(labels.astype(np.int32))])
+        for labels in (smooth, stairs)
+    ]
+    assert roundness[0] > 1.2 * roundness[1]
+
+
+def test_too_few_steps_leave_pixels_on_their_way_and_more_than_enough_change_nothing(slide: Slide) -> None:
+    image, truth = slide
+    few, default, many = (tiledseg.compare(labels_of(image, niter=value), truth).overall for value in (3, "auto", 2000))
+    assert few.ap[1] < 0.5 < 0.98 < default.ap[1]
+    assert many.ap == default.ap
+
+
+@pytest.mark.parametrize("block", [2048, 130, 64])
+def test_max_size_drops_what_is_larger_wherever_blocks_cut_it(slide: Slide, block: int) -> None:
+    image = slide[0][:400, :400]
+    everything = labels_of(image, block=block, halo=48)
+    sizes = np.bincount(everything.ravel())
+    limit = int(np.median(sizes[1:]))
+    found = tiledseg.segment(image, diameter=DIAMETER, block=block, halo=48, max_size=limit)
+    expected = np.where(sizes <= limit, np.arange(sizes.size), 0)[everything]
+    kept = np.unique(expected)
+    assert np.array_equal(found.labels.compute(), np.searchsorted(kept, expected))
+    assert found.report.n_too_large == (sizes[1:] > limit).sum()
+    assert found.table.num_rows == found.report.n_objects == kept.size - 1
+
+
+def test_max_size_may_change_on_a_finished_run(slide: Slide, tmp_path: Path) -> None:
+    write_image(tmp_path / "slide.ome.zarr", slide[0][:300, :300], axes="yx")
+    everything = tiledseg.segment(tmp_path / "slide.ome.zarr", diameter=DIAMETER).report
+    fewer = tiledseg.segment(tmp_path / "slide.ome.zarr", diameter=DIAMETER, max_size=400).report
+    assert fewer.computed["flows"] == 0
+    assert fewer.n_objects + fewer.n_too_large == everything.n_objects
+    assert fewer.n_too_large > 0
+
+
+def test_a_largest_size_below_the_smallest_is_refused() -> None:
+    with pytest.raises(SettingsError, match="max_size 10 is below min_size 15"):
+        Settings.of(max_size=10)

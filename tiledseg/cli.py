@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     diameter = _add(commands, "diameter", _diameter, "estimate the diameter of the cells, and nothing else")
     diameter.add_argument("image", metavar="IMAGE")
     diameter.add_argument("--axes", metavar="AXES", help="axes of an array that does not say them")
+    diameter.add_argument("--picture", metavar="PNG", help="write a histogram of the objects it rests on")
     _add_settings(diameter, Settings, only=FOR_A_DIAMETER)
 
     compare = _add(commands, "compare", _compare, "score labels against others")
@@ -230,7 +231,9 @@ def _diameter(options: argparse.Namespace) -> int:
 
     bars = _Bars()
     try:
-        found = estimate_diameter(options.image, axes=options.axes, progress=bars, **_settings_of(options))
+        found = estimate_diameter(
+            options.image, picture=options.picture, axes=options.axes, progress=bars, **_settings_of(options)
+        )
     finally:
         bars.close()
     return _show(dataclasses.asdict(found), options.json, lambda facts: [_diameter_text(facts)])
@@ -326,6 +329,8 @@ def _summary_text(facts: dict[str, Any]) -> list[str]:
     ]
     if facts["n_nonfinite"]:
         lines.append(f"not finite   {facts['n_nonfinite']} pixels are NaN or infinite and were taken as background")
+    if facts["n_too_large"]:
+        lines.append(f"too large    {facts['n_too_large']} objects were left out")
     kept = {stage: n for stage, n in facts["kept"].items() if n}
     if kept:
         lines.append("resumed      " + ", ".join(f"{stage} {n} pieces kept" for stage, n in kept.items()))

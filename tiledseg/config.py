@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import logging
 import math
 import re
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ __all__ = [
     "SurveyConfig",
     "digest",
 ]
+
+logger = logging.getLogger(__name__)
+
+SHAPES = "shapes:"
 
 
 def _option(default: Any, help_text: str, metavar: str | None = None, choices: tuple[str, ...] = ()) -> Any:
@@ -88,8 +93,9 @@ class SurveyConfig:
     diameter: str | float = _option(
         "auto",
         "diameter of the cells: 'auto' estimates one for the whole image, a number is pixels of the "
-        "full-size image, '12um' is micrometres",
-        "auto|PX|12um",
+        "full-size image, '12um' is micrometres, 'shapes:FILE' the mean of shapes drawn round cells in napari (.csv), "
+        "ImageJ (.roi, .zip) or QuPath (.geojson)",
+        "auto|PX|12um|shapes:FILE",
     )
     foreground: str = _option(
         "auto",
@@ -116,6 +122,7 @@ class SurveyConfig:
         _one_of("combine", self.combine, ("max", "mean"))
         _one_of("stain", self.stain, ("none", "hematoxylin", "eosin", "dab"))
         self._check_numbers()
+        self._measure_shapes()
         self.diameter_given()
         _one_of("foreground", self.foreground, ("auto", "off"))
         _one_of("normalize", self.normalize, ("global", "local"))
@@ -134,6 +141,19 @@ class SurveyConfig:
         if self.chan == 0 and self.chan2:
             raise SettingsError("chan 0 is the mean of all channels, beside which there is no chan2; give chan 1 to 3.")
 
+    def _measure_shapes(self) -> None:
+        """Put a number in the place of drawn shapes: a file of them, or a napari Shapes layer."""
+        text = str(self.diameter).strip()
+        is_layer = hasattr(self.diameter, "shape_type")
+        if not is_layer and not text.startswith(SHAPES):
+            return
+        from .shapes import diameter_of_layer, diameter_of_shapes
+
+        where = "the layer" if is_layer else text.removeprefix(SHAPES)
+        found, n_shapes = diameter_of_layer(self.diameter) if is_layer else diameter_of_shapes(where)
+        object.__setattr__(self, "diameter", round(found, 2))
+        logger.info("diameter %.2f px is the mean of %d shapes in %s.", found, n_shapes, where)
+
     def diameter_given(self) -> tuple[float, str] | None:
         """The diameter and its unit, ``"px"`` or ``"um"``; None if it is to be estimated."""
         text = str(self.diameter).strip()
@@ -147,7 +167,8 @@ class SurveyConfig:
             number = math.nan
         if not (math.isfinite(number) and number > 0):
             raise SettingsError(
-                f"diameter must be 'auto', a positive number of pixels, or micrometres like '12um', not {text!r}."
+                f"diameter must be 'auto', a positive number of pixels, micrometres like '12um', or shapes:FILE, "
+                f"not {text!r}."
             )
         return number, "px" if unit == "px" else "um"
 
@@ -210,6 +231,7 @@ class MasksConfig:
     )
     cellprob_threshold: float = _option(0.0, "cell logit above which a pixel may be part of a cell", "X")
     min_size: int = _option(15, "smallest object in pixels of the full-size image", "PX")
+    max_size: int = _option(0, "largest object in pixels of the full-size image; 0 keeps all", "PX")
     niter: str | int = _option(
         "auto",
         "steps a pixel may take along the flow: 'auto' is 200 in units of the network's grid",
@@ -232,6 +254,11 @@ class MasksConfig:
         _number("flow_threshold", self.flow_threshold, 0, math.inf)
         _number("cellprob_threshold", self.cellprob_threshold, -7, 100)
         _whole("min_size", self.min_size, 0)
+        _whole("max_size", self.max_size, 0)
+        if 0 < self.max_size < self.min_size:
+            raise SettingsError(
+                f"max_size {self.max_size} is below min_size {self.min_size}, so nothing would be left."
+            )
         if self.niter != "auto":
             object.__setattr__(self, "niter", _whole("niter", self.niter, 1, 1_000_000))
 

@@ -191,6 +191,9 @@ def label_block(number: int, job: Job) -> dict[str, Any]:
     where = tuple(slice(0, n) for n in labels.shape)
     job.store.open(f"{job.labels}/labels.zarr")[(number, *where)] = labels
     job.store.save(f"{job.labels}/objects/{number}", np.concatenate([[n_cut, 0], first]))
+    if job.settings.masks.max_size:
+        sizes = np.bincount(labels[block.core_in_padded].ravel(), minlength=first.size + 1)
+        job.store.save(f"{job.labels}/sizes/{number}", sizes[1:])
     return {"peak": peak_memory()}
 
 

@@ -1,10 +1,11 @@
-"""Overview pictures: an image, reduced, with the outlines of its labels in colour.
+"""Pictures: an image, reduced, with the outlines of its labels in colour; a histogram of diameters.
 
 The only home of Pillow. Neighbouring objects get different colours, so that it shows where one ends.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from .errors import OutputError, SettingsError
 
-__all__ = ["overview"]
+__all__ = ["histogram", "overview"]
 
 # After Okabe and Ito's palette for all kinds of colour vision, without what drowns in the image.
 ON_DARK = np.array(
@@ -21,6 +22,7 @@ ON_DARK = np.array(
 )
 ON_LIGHT = np.array([[0, 0, 0], [0, 90, 255], [255, 60, 0], [0, 150, 40], [220, 0, 170], [0, 160, 170]], np.uint8)
 N_COLOURS = len(ON_DARK)
+BINS_PER_TICK = 4
 LOW_PERCENTILE, HIGH_PERCENTILE = 1.0, 99.7
 
 Bytes = npt.NDArray[np.uint8]
@@ -96,8 +98,76 @@ def overview(
         picture = picture.repeat(2, axis=0).repeat(2, axis=1)
     if not is_thick:
         _draw_outlines(picture, shown)
+    _save(Image.fromarray(picture), path)
+
+
+def histogram(sizes: npt.NDArray[np.float64], path: Path, median: float, quartiles: tuple[float, float]) -> None:
+    """Write a PNG of how often diameters occur, with their median and quartiles.
+
+    Parameters
+    ----------
+    sizes : array of float64, shape (n,), n > 0
+        Diameters in pixels.
+    path : Path
+        File to write, in a folder that exists.
+    median : float
+        Marked by a line.
+    quartiles : (float, float)
+        Marked by a band.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    width, height, left, right, top, bottom = 900, 540, 70, 30, 60, 70
+    tick, decimals = _tick(float(sizes.max()))
+    end = tick * math.ceil(float(sizes.max()) / tick + 1e-9)
+    n_bins = round(end / tick) * BINS_PER_TICK
+    counts, edges = np.histogram(sizes, n_bins, (0, end))
+    most = int(counts.max())
+
+    def x(value: float) -> float:
+        return left + (width - left - right) * value / end
+
+    def y(count: float) -> float:
+        return height - bottom - (height - top - bottom) * count / most
+
+    picture = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=18)
+    draw.rectangle((x(quartiles[0]), top, x(quartiles[1]), y(0)), fill=(222, 235, 247))
+    for count, start, stop in zip(counts, edges[:-1], edges[1:], strict=True):
+        if count:
+            draw.rectangle((x(start) + 1, y(count), x(stop) - 1, y(0)), fill=(66, 113, 174))
+    draw.line((x(median), top, x(median), y(0)), fill=(213, 94, 0), width=3)
+    draw.line((left, y(0), width - right, y(0)), fill="black", width=2)
+    for i in range(round(end / tick) + 1):
+        draw.line((x(i * tick), y(0), x(i * tick), y(0) + 6), fill="black", width=2)
+        draw.text((x(i * tick), y(0) + 10), f"{i * tick:.{decimals}f}", fill="black", font=font, anchor="ma")
+    draw.text(((left + width - right) / 2, height - 28), "diameter in pixels", fill="black", font=font, anchor="ma")
+    draw.text((left - 10, y(most)), f"{most}", fill="black", font=font, anchor="rm")
+    draw.text((left - 10, y(0)), "0", fill="black", font=font, anchor="rm")
+    title = (
+        f"{sizes.size} objects: median {median:.1f} px, half of them between {quartiles[0]:.1f} and {quartiles[1]:.1f}"
+    )
+    draw.text((left, 18), title, fill="black", font=font)
+    _save(picture, path)
+
+
+def _tick(largest: float) -> tuple[float, int]:
+    """Distance of the marks on an axis from 0 to a value, some 5 to 10 of them, and decimals to write them with."""
+    power = math.floor(math.log10(largest))
+    step = next(step for step in (0.1, 0.2, 0.5, 1.0) if largest / 10**power <= 10 * step)
+    tick = step * 10.0**power
+    return tick, max(0, -math.floor(math.log10(tick) + 1e-9))
+
+
+def _save(picture: Any, path: Path) -> None:
+    """Write a picture as PNG."""
     try:
-        Image.fromarray(picture).save(path, format="PNG")
+        picture.save(path, format="PNG")
     except OSError as error:
         raise OutputError(
             f"cannot write picture {path}: {error.strerror or error}; give a file in a folder that exists "

@@ -23,6 +23,7 @@ from .job import Diameter, Job, Surveyed, halo_of
 from .networks.models import Model, find_model
 from .networks.runner import torch_threads_kept
 from .omezarr import labels_exist, level_array
+from .pictures import histogram
 from .planes import plane_axes, plane_shape
 from .preflight import Preflight
 from .progress import Listener, Progress
@@ -52,6 +53,8 @@ class Report:
         Used, and its spread; None if a function made the labels and only a halo was given.
     percentiles : tuple of (float, float) or None
         Per input of the network the pixel values that became 0 and 1; None without one.
+    n_too_large : int
+        Objects left out because they exceed ``max_size``.
     n_blocks, n_skipped_blocks : int
         Blocks, and those in which nothing rises above the noise.
     n_cut_by_halo : int
@@ -85,6 +88,7 @@ class Report:
     segmenter: str | None
     diameter: Diameter | None
     percentiles: tuple[tuple[float, float], ...] | None
+    n_too_large: int
     n_blocks: int
     n_skipped_blocks: int
     n_cut_by_halo: int
@@ -365,28 +369,43 @@ def _warm_up(job: Job) -> None:
 def estimate_diameter(
     image: Any,
     *,
+    picture: str | os.PathLike[str] | None = None,
     axes: str | None = None,
     progress: Listener | None = None,
     **settings: Any,
 ) -> Diameter:
-    """Estimate the one diameter of an image's cells, in this process; writes nothing.
+    """Estimate the one diameter of an image's cells, in this process; writes nothing but a picture.
 
     Parameters
     ----------
     image, axes, progress, settings
         As for `segment`.
+    picture : path, optional
+        PNG to write with a histogram of the objects that the estimate rests on.
 
     Returns
     -------
     Diameter
         In pixels of level 0, with quartiles and the number of objects it rests on.
+
+    Raises
+    ------
+    TiledsegError
+        As for `segment`; also if a picture is asked for and too few objects were found to draw one.
     """
     chosen = Settings.of(**settings)
     opened, inputs, model = _open(image, axes, chosen)
     with connect(small=True) as executor, torch_threads_kept():
         device = executor.device(chosen.flows.device)
         job = Job(opened, inputs, chosen, model, device, MemoryStore())
-        return survey.run(job, executor, Progress(progress)).diameter
+        found = survey.run(job, executor, Progress(progress)).diameter
+        if picture is not None:
+            if found.source != "estimated":
+                raise SettingsError(
+                    f"there is no histogram to draw: the diameter is {found.source}, not estimated from objects."
+                )
+            histogram(job.store.load(survey.SIZES), Path(picture), found.value, found.quartiles)
+        return found
 
 
 def _state(place: Place) -> str:

@@ -43,7 +43,7 @@ FORMAT = 3
 
 LARGE_ARRAY = 2**28
 LABELS_RECORD = "masks.json"
-MAY_CHANGE = {"block", "halo", "flow_threshold", "cellprob_threshold", "min_size", "niter", "resample"}
+MAY_CHANGE = {"block", "halo", "flow_threshold", "cellprob_threshold", "min_size", "max_size", "niter", "resample"}
 NO_MATTER = {"device", "missing_chunks", "ome_zarr"}
 MATTERS_TO_A_FUNCTION = {"channel", "combine", "stain", "name"}
 

@@ -43,6 +43,7 @@ APPLICABLE = {
     "block",
     "halo",
     "min_size",
+    "max_size",
     "name",
     "ome_zarr",
 }

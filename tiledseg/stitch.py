@@ -1,7 +1,8 @@
 """Stage 4: one identity for what several blocks saw.
 
 Reads
-    ``<labels>/labels.zarr`` where padded blocks overlap; ``<labels>/objects``.
+    ``<labels>/labels.zarr`` where padded blocks overlap; ``<labels>/objects``; ``<labels>/sizes`` if
+    objects can be too large.
 Writes
     ``<labels>/pairs/<block>``: labels of a block and of a later neighbour that are one object, and
     ``<labels>/agreement/<block>``: how well it agreed with its later neighbours;
@@ -107,10 +108,11 @@ def _cores(shared: Region, low: Region, high: Region) -> tuple[Region, Region]:
 
 def merge(_: int, job: Job) -> dict[str, Any]:
     """Task: link all pairs and number the objects; done again from the start if it was interrupted."""
-    return {"facts": merge_blocks(job.store, job.labels, job.blocks), "peak": peak_memory()}
+    facts = merge_blocks(job.store, job.labels, job.blocks, job.settings.masks.max_size)
+    return {"facts": facts, "peak": peak_memory()}
 
 
-def merge_blocks(store: Store, folder: str, grid: BlockGrid) -> dict[str, Any]:
+def merge_blocks(store: Store, folder: str, grid: BlockGrid, max_size: int = 0) -> dict[str, Any]:
     """Link the pairs of all blocks and number the objects slab by slab.
 
     Parameters
@@ -121,11 +123,13 @@ def merge_blocks(store: Store, folder: str, grid: BlockGrid) -> dict[str, Any]:
         Folder of it that holds ``objects``, ``pairs`` and ``agreement`` of every block, and gets ``ids``.
     grid : BlockGrid
         The blocks.
+    max_size : int
+        Objects of more pixels get no number; 0 keeps all. The pixels of each are in the folder's ``sizes`` then.
 
     Returns
     -------
     facts : dict
-        ``n_objects``, ``n_cut_by_halo``, ``n_blocks``, ``n_skipped_blocks``, ``n_pairs``,
+        ``n_objects``, ``n_too_large``, ``n_cut_by_halo``, ``n_blocks``, ``n_skipped_blocks``, ``n_pairs``,
         ``n_exact_pairs``, ``mean_iou``, ``n_seam``, ``n_seam_linked``; see `pipeline.Report`.
     """
     n_blocks = grid.n_blocks
@@ -133,11 +137,14 @@ def merge_blocks(store: Store, folder: str, grid: BlockGrid) -> dict[str, Any]:
     links, counts = _links(store, folder, offsets)
     linked, objects = link(links, int(offsets[-1]))
     del links
+    limit = _SizeLimit(store, folder, offsets, (linked, objects), max_size) if max_size else None
     numbering = Numbering(linked, objects)
     per_slab = n_blocks // grid.counts[0]
     for start in range(0, n_blocks, per_slab):
         slab = range(start, start + per_slab)
         first = np.concatenate([store.load(f"{folder}/objects/{position}")[2:] for position in slab])
+        if limit is not None:
+            first[limit.is_exceeded_by(slab)] = -1
         ids = numbering.take(first)
         for position in slab:
             here = offsets[position : position + 2] - offsets[start]
@@ -145,6 +152,7 @@ def merge_blocks(store: Store, folder: str, grid: BlockGrid) -> dict[str, Any]:
     n_pairs, n_exact, sum_iou, n_seam, n_seam_linked = counts.tolist()
     return {
         "n_objects": numbering.n_objects,
+        "n_too_large": 0 if limit is None else limit.n_exceeding,
         "n_cut_by_halo": n_cut,
         "n_blocks": n_blocks,
         "n_skipped_blocks": n_skipped,
@@ -154,6 +162,49 @@ def merge_blocks(store: Store, folder: str, grid: BlockGrid) -> dict[str, Any]:
         "n_seam": int(n_seam),
         "n_seam_linked": int(n_seam_linked),
     }
+
+
+class _SizeLimit:
+    """Which objects are too large: pixels of their parts in all blocks count together.
+
+    Memory grows with the links, not with the objects.
+    """
+
+    def __init__(
+        self, store: Store, folder: str, offsets: Pairs, links: tuple[Pairs, npt.NDArray[np.int32]], max_size: int
+    ) -> None:
+        self._store, self._folder, self._offsets = store, folder, offsets
+        self._linked, self._objects = links
+        self._max_size = max_size
+        self._sizes = np.zeros(int(self._objects.max(initial=-1)) + 1, np.int64)
+        for position in range(offsets.size - 1):
+            nodes, objects = self._linked_in(position, position + 1)
+            if nodes.size:
+                np.add.at(self._sizes, objects, self._sizes_of(position)[nodes])
+        self.n_exceeding = int((self._sizes > max_size).sum())
+
+    def is_exceeded_by(self, slab: range) -> npt.NDArray[np.bool_]:
+        """Whether each label of some successive blocks belongs to an object that is too large."""
+        is_exceeding: npt.NDArray[np.bool_] = (
+            np.concatenate([self._sizes_of(position) for position in slab]) > self._max_size
+        )
+        nodes, objects = self._linked_in(slab.start, slab.stop)
+        is_exceeding[nodes] = False
+        self.n_exceeding += int(is_exceeding.sum())
+        is_exceeding[nodes] = self._sizes[objects] > self._max_size
+        return is_exceeding
+
+    def _sizes_of(self, position: int) -> Pairs:
+        """Pixels of each label of a block in its core."""
+        if self._offsets[position + 1] == self._offsets[position]:
+            return np.zeros(0, np.int64)
+        return self._store.load(f"{self._folder}/sizes/{position}")
+
+    def _linked_in(self, start: int, stop: int) -> tuple[Pairs, npt.NDArray[np.int32]]:
+        """The linked labels of some blocks, counted from the first of them, and their objects."""
+        first = self._offsets[start]
+        low, high = np.searchsorted(self._linked, [first, self._offsets[stop]])
+        return self._linked[low:high] - first, self._objects[low:high]
 
 
 def _count(store: Store, folder: str, n_blocks: int) -> tuple[Pairs, int, int]:

@@ -5,6 +5,7 @@ Reads
 Writes
     ``survey.zarr``: for each input of the network sampled values and noise statistics per region, then
     the foreground map of all and, if asked for, the maps of the normalisation;
+    ``survey.zarr/diameters``: of the objects that the diameter was estimated from, in pixels of level 0;
     ``survey.json``: percentiles (of the parts that are not empty), diameter with its spread.
 Parallel over
     Regions of the level, then windows of the image.
@@ -37,7 +38,7 @@ from .planes import plane_axes, plane_shape, refuse_missing
 from .progress import Progress
 from .working import box_mean, finite_float, read_tile
 
-__all__ = ["measure_window", "process_block", "run"]
+__all__ = ["SIZES", "measure_window", "process_block", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ GUESS_WINDOWS_PER_AXIS = 3
 GUESS_DIAMETERS = (0.5, 1.0, 2.0, 4.0)
 PASSES = 4
 MIN_OBJECTS = 5
+SIZES = "survey.zarr/diameters"
 
 
 def process_block(values: FloatArray, core: Region) -> FloatArray:
@@ -305,6 +307,7 @@ def _find_diameter(job: Job, found: Surveyed, executor: Executor, progress: Prog
             value,
         )
         return Diameter(value, "default", (value, value), int(sizes.size), len(windows))
+    job.store.save(SIZES, sizes)
     low, high = (float(v) for v in np.percentile(sizes, [25, 75]))
     # Two decimals: the working grid must not hang on the last bits of a median.
     return Diameter(round(value, 2), "estimated", (low, high), int(sizes.size), len(windows))
