@@ -19,8 +19,20 @@ if TYPE_CHECKING:
     from .job import Diameter
     from .pipeline import Report, Segmentation, estimate_diameter, preview, segment
     from .scoring import Comparison, compare
+    from .training import TrainingReport, train
 
-__all__ = ["Comparison", "Diameter", "Report", "Segmentation", "compare", "estimate_diameter", "preview", "segment"]
+__all__ = [
+    "Comparison",
+    "Diameter",
+    "Report",
+    "Segmentation",
+    "TrainingReport",
+    "compare",
+    "estimate_diameter",
+    "preview",
+    "segment",
+    "train",
+]
 
 _HOMES = {
     "Comparison": "scoring",
@@ -31,6 +43,8 @@ _HOMES = {
     "estimate_diameter": "pipeline",
     "preview": "pipeline",
     "segment": "pipeline",
+    "TrainingReport": "training",
+    "train": "training",
 }
 
 

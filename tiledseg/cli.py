@@ -21,20 +21,9 @@ __all__ = ["main"]
 MISUSED = 2
 DIFFERENT = 1
 UNREAD = 141
-FOR_A_DIAMETER = {
-    "channel",
-    "nuclear_channel",
-    "combine",
-    "chan",
-    "chan2",
-    "stain",
-    "invert",
-    "model",
-    "device",
-    "foreground",
-    "normalize",
-    "missing_chunks",
-}
+CHANNELS = {"channel", "nuclear_channel", "combine", "chan", "chan2", "stain"}
+"""Settings that say which pixels a network learns from."""
+FOR_A_DIAMETER = CHANNELS | {"invert", "model", "device", "foreground", "normalize", "missing_chunks"}
 """Settings that an estimate of the diameter depends on."""
 
 
@@ -116,6 +105,23 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--exact", action="store_true", help="only say whether they are bit-identical")
 
     _add(commands, "models", _models, "list the models that have a name")
+
+    train = _add(commands, "train", _train, "fine-tune a U-Net on images with labels")
+    train.add_argument(
+        "data",
+        metavar="FOLDER|ZARR",
+        help="a folder in which cell_masks.tif holds the labels of cell.tif, one with folders images and labels, or an "
+        "OME-Zarr with labels; TIFF or PNG",
+    )
+    train.add_argument("-o", "--output", metavar="FILE", required=True, help="model file to write, for --model")
+    train.add_argument("--from", dest="start", metavar="MODEL", default="tiledseg-nuclei", help="model to begin with")
+    train.add_argument("--steps", type=int, metavar="N", default=1000, help="batches of 12 views (default: 1000)")
+    train.add_argument("--rate", type=float, metavar="X", default=5e-4, help="largest learning rate (default: 0.0005)")
+    train.add_argument("--seed", type=int, metavar="N", default=0, help="the same seed gives the same model")
+    train.add_argument("--labels", metavar="NAME", help="labels of an OME-Zarr, if it has several")
+    train.add_argument("--axes", metavar="AXES", help="axes of images that do not say them, e.g. cyx")
+    train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    _add_settings(train, Settings, only=CHANNELS)
 
     demo = _add(commands, "demo", _demo, "segment a real and a synthetic image, and score it")
     demo.add_argument("-o", "--output", metavar="DIR", default="tiledseg-demo", help="folder for the results")
@@ -263,6 +269,20 @@ def _models(options: argparse.Namespace) -> int:
     return _show({"models": list(list_models())}, options.json, _models_text)
 
 
+def _train(options: argparse.Namespace) -> int:
+    from .training import train
+
+    bars = _Bars()
+    names = ("start", "steps", "rate", "seed", "labels", "axes", "device")
+    given = {name: getattr(options, name) for name in names}
+    channels = {name: value for name, value in _settings_of(options).items() if name in CHANNELS}
+    try:
+        report = train(options.data, options.output, progress=bars, **given, **channels)
+    finally:
+        bars.close()
+    return _show(report.as_dict(), options.json, _training_text)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from .demo import run_demo
 
@@ -301,6 +321,20 @@ def _models_text(facts: dict[str, Any]) -> list[str]:
         state = model["path"] if model["is_here"] else f"not here; belongs to {model['path']}"
         lines += [f"{model['name']:<16} {model['purpose']}", f"{'':<16} {model['licence']}", f"{'':<16} {state}"]
     return lines
+
+
+def _training_text(facts: dict[str, Any]) -> list[str]:
+    """What was learned."""
+    lines = [
+        f"learned from {facts['n_images']} images, {facts['n_held_out']} held out; {facts['n_objects']:,} objects of "
+        f"{facts['diameter']:.1f} px",
+        f"loss         {facts['loss']:.3f}",
+    ]
+    for name, key in ((facts["start"], "ap_before"), ("the new model", "ap_after")):
+        if facts[key] is not None:
+            scores = ", ".join(f"{ap:.3f} at {iou:g}" for ap, iou in zip(facts[key], (0.5, 0.75, 0.9), strict=True))
+            lines.append(f"precision    {scores} by {name}, on what was held out")
+    return [*lines, f"model        {facts['model']}", f"size model   {facts['size_model']}"]
 
 
 def _diameter_text(found: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures: an image, reduced, with the outlines of its labels in colour; a histogram of diameters.
+"""Pictures: an image, reduced, with the outlines of its labels in colour; a histogram of diameters; PNG files.
 
 The only home of Pillow. Neighbouring objects get different colours, so that it shows where one ends.
 """
@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import OutputError, SettingsError
+from .errors import ImageError, OutputError, SettingsError
 
-__all__ = ["histogram", "overview"]
+__all__ = ["histogram", "overview", "read_png"]
 
 # After Okabe and Ito's palette for all kinds of colour vision, without what drowns in the image.
 ON_DARK = np.array(
@@ -154,6 +154,38 @@ def histogram(sizes: npt.NDArray[np.float64], path: Path, median: float, quartil
     )
     draw.text((left, 18), title, fill="black", font=font)
     _save(picture, path)
+
+
+def read_png(path: Path, *, is_indexed: bool = False) -> npt.NDArray[Any]:
+    """The pixels of a PNG.
+
+    Parameters
+    ----------
+    path : Path
+    is_indexed : bool
+        Give the numbers of a picture with a palette instead of its colours: labels are stored so.
+
+    Returns
+    -------
+    pixels : array, shape (y, x) or (y, x, 3)
+        Without transparency.
+
+    Raises
+    ------
+    ImageError
+        If it is no picture.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            as_mode = {"1": "L", "P": "P" if is_indexed else "RGB"}.get(picture.mode, picture.mode)
+            pixels = np.asarray(picture if as_mode == picture.mode else picture.convert(as_mode))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{path} is no readable PNG ({error}); give a PNG or a TIFF.") from error
+    if pixels.ndim == 2:
+        return pixels
+    return pixels[..., :3] if pixels.shape[-1] > 2 else pixels[..., 0]
 
 
 def _tick(largest: float) -> tuple[float, int]:
