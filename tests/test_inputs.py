@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 import tiledseg
 from tiledseg.config import SurveyConfig
 from tiledseg.errors import ImageError, SettingsError
 from tiledseg.images import Image, open_image
 from tiledseg.inputs import Input, channels_of, inputs_of, inputs_text
+from tiledseg.networks.models import KNOWN_MODELS
 from tiledseg.omezarr import write_image
 
 from .conftest import Slide
@@ -167,6 +169,30 @@ def test_two_channels_that_show_half_of_the_cells_each_show_all_combined(slide: 
     one = tiledseg.compare(labels_of(halves, channel=0), truth).overall
     assert both.ap[0] > 0.9
     assert one.ap[0] < 0.6
+
+
+@pytest.fixture
+def doubled(tmp_path: Path) -> str:
+    """A file with the weights of the default model, in which the second input counts as the first does."""
+    state = torch.load(KNOWN_MODELS["tiledseg-nuclei"].path, weights_only=True)
+    for key, values in state.items():
+        if key.startswith(("downsample.down.res_down_0.conv.conv_0.", "downsample.down.res_down_0.proj.")):
+            if values.shape == (2,):
+                values[1] = values[0]
+            elif values.ndim == 4:
+                values[:, 1] = values[:, 0]
+    torch.save(state, tmp_path / "doubled")
+    return str(tmp_path / "doubled")
+
+
+def test_a_nuclear_channel_is_seen_by_a_network_that_has_one(slide: Slide, doubled: str) -> None:
+    picture, truth = (part[:300, :300] for part in slide)
+    flat = np.random.default_rng(0).poisson(100, picture.shape).astype(np.uint16)
+    both = np.stack([flat, picture])
+    seen = tiledseg.compare(labels_of(both, channel=0, nuclear_channel=1, model=doubled), truth).overall
+    unseen = tiledseg.compare(labels_of(both, channel=0, model=doubled), truth).overall
+    assert seen.ap[0] > 0.8
+    assert unseen.ap[0] < 0.1
 
 
 def test_the_negative_of_a_picture_inverted_gives_the_same_cells(slide: Slide) -> None:

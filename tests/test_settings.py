@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,14 @@ def test_max_size_may_change_on_a_finished_run(slide: Slide, tmp_path: Path) -> 
 def test_a_largest_size_below_the_smallest_is_refused() -> None:
     with pytest.raises(SettingsError, match="max_size 10 is below min_size 15"):
         Settings.of(max_size=10)
+
+
+def test_every_setting_has_a_row_in_the_readme_and_every_row_a_test() -> None:
+    folder = Path(__file__).parents[1]
+    rows = re.findall(r"^\| (.*--.*) \| (.*) \| (.*test_.*) \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    flags = {flag for setting, effect, _ in rows for flag in re.findall(r"--(?:no-)?([a-z0-9-]+)", setting + effect)}
+    elsewhere = {"model", "device", "name", "ome-zarr"}  # said in the text
+    assert {name.replace("_", "-") for name in Settings().flat()} - flags == elsewhere
+    for setting, _, tests in rows:
+        for file, name in re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests):
+            assert f"def {name}(" in (folder / "tests" / file).read_text(), setting

@@ -227,7 +227,10 @@ class MasksConfig:
         "auto|PX",
     )
     flow_threshold: float = _option(
-        0.4, "largest disagreement between an object's shape and the network's flow; 0 keeps all objects", "X"
+        0.4,
+        "largest disagreement between an object's shape and the network's flow (the model match threshold of Cellpose "
+        "in napari); higher keeps more, 0 keeps all",
+        "X",
     )
     cellprob_threshold: float = _option(0.0, "cell logit above which a pixel may be part of a cell", "X")
     min_size: int = _option(15, "smallest object in pixels of the full-size image", "PX")
