@@ -132,6 +132,15 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def coloured(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense slide as three channels that differ."""
+    picture = np.asarray(open_image(dense).read(0, np.s_[:, :]))
+    path = tmp_path_factory.mktemp("coloured") / "slide.ome.zarr"
+    write_image(path, np.stack([picture, picture[::-1], 60000 - picture]), axes="cyx", chunk=256)
+    return path
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     image, _ = synthetic_slide((300, 320), diameter=12.0, seed=1)
@@ -144,15 +153,24 @@ def folder_bytes(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("workers", "block", "settings"),
-    [(None, 1024, {"diameter": 12.0}), (2, 512, {"diameter": 12.0, "resample": False})],
-    ids=["here", "two"],
+    ("slide_name", "workers", "block", "settings"),
+    [
+        ("dense", None, 1024, {"diameter": 12.0}),
+        ("dense", 2, 512, {"diameter": 12.0, "resample": False}),
+        ("coloured", None, 1024, {"diameter": 12.0, "stain": "hematoxylin", "normalize": "local"}),
+    ],
+    ids=["here", "two", "colours"],
 )
 def test_what_is_measured_is_at_most_what_was_projected(
-    dense: Path, tmp_path: Path, workers: int | None, block: int, settings: dict[str, Any]
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    slide_name: str,
+    workers: int | None,
+    block: int,
+    settings: dict[str, Any],
 ) -> None:
     (tmp_path / "run.py").write_text("import tiledseg.pipeline\n" + RUN)
-    arguments = [str(dense), str(tmp_path / "out.zarr"), *map(json.dumps, (workers, block, settings))]
+    arguments = [str(request.getfixturevalue(slide_name)), str(tmp_path / "out.zarr"), *map(json.dumps, (workers, block, settings))]
     ended = subprocess.run([sys.executable, tmp_path / "run.py", *arguments], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     plan, report = json.loads(ended.stdout)

@@ -86,7 +86,7 @@ OBJECT_BYTES = 250
 ROW_BYTES = 120
 """Of one object in the table; 61 to 77."""
 SAMPLES_BYTES = 24 * MIB
-"""Of the samples that percentiles are from, at most."""
+"""Of the samples that the percentiles of one input are from, at most."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Preflight:
         n_objects = 0 if diameter is None else math.ceil(math.prod(shape) / diameter**2)
         n_tiles, disk = 0, OBJECT_BYTES * n_objects
         if isinstance(self.labeller, Model):
-            disk += min(SAMPLES_BYTES, 8 * math.prod(shape)) + math.prod(shape) // 200
+            disk += len(self.inputs) * (min(SAMPLES_BYTES, 8 * math.prod(shape)) + math.prod(shape) // 200)
             if working is not None:
                 lattice = Lattice(working.shape, self.labeller.tile, self.labeller.stride)
                 n_tiles = lattice.n_tiles
