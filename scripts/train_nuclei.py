@@ -31,6 +31,7 @@ from tiledseg.training.views import Example, example_of
 
 WIDTHS = (2, 16, 32, 64, 128)
 DIAM_MEAN = 17.0
+N_WORST = 24
 SHARES = {
     "fluorescence": 0.75,
     "histology-purple-on-purple": 0.1,
@@ -73,10 +74,12 @@ def load(folder: Path) -> tuple[list[Example], np.ndarray]:
     return examples, np.array([SHARES[k] * a / total[k] for a, k in zip(area, kinds, strict=True)])
 
 
-def evaluate(folder: Path) -> dict[str, object]:
-    """Mean AP per kind on the held-out images, with the diameter known and estimated."""
+def evaluate(folder: Path, pictures: Path | None) -> dict[str, object]:
+    """Mean AP per kind on the held-out images, with the diameter known and estimated; pictures of the worst."""
     import tiledseg
+    from tiledseg.pictures import overview
 
+    worst: list[tuple[float, str, np.ndarray, np.ndarray, np.ndarray]] = []
     results: dict[str, dict[str, list[list[float]]]] = {"known": {}, "estimated": {}}
     ratios: dict[str, list[float]] = {}
     for row in rows_of(folder, held_out=True):
@@ -87,7 +90,12 @@ def evaluate(folder: Path) -> dict[str, object]:
             scores = tiledseg.compare(found.labels.compute(), truth).overall.ap
             results[how].setdefault(row["kind"], []).append(list(scores))
             if how == "estimated":
+                worst.append((scores[0], row["id"], image, found.labels.compute(), truth))
+                worst = sorted(worst, key=lambda entry: entry[:2])[:N_WORST]
                 ratios.setdefault(row["kind"], []).append(found.report.diameter.value / median)
+    for ap, name, image, labels, truth in worst if pictures is not None else ():
+        for what, shown in (("found", labels), ("truth", truth)):
+            overview(image, shown, pictures / f"{ap:.3f}-{name[:8]}-{what}.png")
     table: dict[str, object] = {
         how: {kind: {"images": len(rows), "ap": np.mean(rows, 0).round(3).tolist()} for kind, rows in kinds.items()}
         for how, kinds in results.items()
@@ -105,6 +113,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--rate", type=float, default=2e-3, help="largest learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", type=Path, help="folder for pictures of the worst held-out images")
     parser.add_argument("--from", dest="start", type=Path, help="state dict to start from instead of random weights")
     options = parser.parse_args()
     folder = Path(os.environ["TILEDSEG_DATA"]) / "dsb2018"
@@ -133,7 +142,7 @@ def main() -> None:
     size = dataclasses.asdict(fit_size(network, examples, options.seed))
     card = {"diam_mean": size.pop("diam_mean"), "steps": options.steps, "seed": options.seed, "size": size}
     file.with_suffix(".json").write_text(json.dumps(card))
-    card["validation"] = evaluate(folder)
+    card["validation"] = evaluate(folder, options.pictures)
     file.with_suffix(".json").write_text(json.dumps(card))
     print(json.dumps(card["validation"], indent=1))
 

@@ -170,7 +170,11 @@ def test_what_is_measured_is_at_most_what_was_projected(
     settings: dict[str, Any],
 ) -> None:
     (tmp_path / "run.py").write_text("import tiledseg.pipeline\n" + RUN)
-    arguments = [str(request.getfixturevalue(slide_name)), str(tmp_path / "out.zarr"), *map(json.dumps, (workers, block, settings))]
+    arguments = [
+        str(request.getfixturevalue(slide_name)),
+        str(tmp_path / "out.zarr"),
+        *map(json.dumps, (workers, block, settings)),
+    ]
     ended = subprocess.run([sys.executable, tmp_path / "run.py", *arguments], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     plan, report = json.loads(ended.stdout)

@@ -77,6 +77,17 @@ def test_augmenting_asks_mirrored_tiles_and_does_not_depend_on_blocks(slide: Sli
     )
 
 
+def test_half_the_precision_finds_the_same_cells_whatever_the_blocks(slide: Slide) -> None:
+    image = slide[0][:400, :400]
+    full = labels_of(image)
+    whole, blocks = (labels_of(image, precision="bfloat16", block=size) for size in (2048, 130))
+    assert not np.array_equal(whole, full)
+    assert np.array_equal(whole, blocks)
+    score = tiledseg.compare(whole, full).overall
+    assert whole.max() == pytest.approx(full.max(), abs=1)
+    assert score.ap[2] > 0.97
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5, "much"])
 def test_an_overlap_that_tiles_cannot_have_is_refused(slide: Slide, value: object) -> None:
     with pytest.raises(SettingsError, match="tile_overlap must be"):

@@ -23,7 +23,7 @@ DIFFERENT = 1
 UNREAD = 141
 CHANNELS = {"channel", "nuclear_channel", "combine", "chan", "chan2", "stain"}
 """Settings that say which pixels a network learns from."""
-FOR_A_DIAMETER = CHANNELS | {"invert", "model", "device", "foreground", "normalize", "missing_chunks"}
+FOR_A_DIAMETER = CHANNELS | {"invert", "model", "device", "precision", "foreground", "normalize", "missing_chunks"}
 """Settings that an estimate of the diameter depends on."""
 
 

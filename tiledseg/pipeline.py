@@ -21,7 +21,7 @@ from .images import Image, open_image
 from .inputs import Input, inputs_of, inputs_text
 from .job import Diameter, Job, Surveyed, halo_of
 from .networks.models import Model, find_model
-from .networks.runner import torch_threads_kept
+from .networks.runner import lacks_bfloat16, torch_threads_kept
 from .omezarr import labels_exist, level_array
 from .pictures import histogram
 from .planes import plane_axes, plane_shape
@@ -254,6 +254,8 @@ def segment(
         run_id = reopen(job, place, restart)
         if segmenter is None and device == "cpu" and chosen.flows.device == "auto":
             logger.info("no GPU found: the network runs on the CPU.")
+        if segmenter is None and device == "cpu" and chosen.flows.precision == "bfloat16" and lacks_bfloat16():
+            logger.warning("this CPU does not compute in bfloat16: without --precision bfloat16 it is faster.")
         job = shippable(job, executor)
         return _run(job, preflight, run_id, executor, told)
 
@@ -331,9 +333,10 @@ def _say_what_is_shown(image: Image, settings: Settings, inputs: tuple[Input, ..
 
 
 def _model_of(settings: Settings) -> Model:
-    """The network, with its tiles as far apart as the settings say."""
+    """The network, with its tiles as far apart and as precise as the settings say."""
     flows = settings.flows
-    return find_model(flows.model, HALF_A_TILE if flows.augment else flows.tile_overlap)
+    model = find_model(flows.model, HALF_A_TILE if flows.augment else flows.tile_overlap)
+    return dataclasses.replace(model, precision=flows.precision)
 
 
 def _n_blocks(image: Image, settings: Settings) -> int:

@@ -150,6 +150,8 @@ class Model:
         The lattice, in working pixels.
     size : SizeModel or None
         For a first guess of the diameter.
+    precision : str
+        ``"float32"``, ``"bfloat16"`` or ``"auto"``, see `config.FlowsConfig`.
     """
 
     name: str
@@ -162,6 +164,7 @@ class Model:
     tile: int
     stride: int
     size: SizeModel | None = None
+    precision: str = "auto"
 
 
 def model_folder() -> Path:
