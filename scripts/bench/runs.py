@@ -151,8 +151,10 @@ def run_peer(bench: Bench, peer: str, python: Path) -> tuple[Measured, Any]:
 def row_of(bench: Bench, who: str) -> dict[str, Any]:
     """Run tiledseg or a peer on the prepared image and score it: one row of a table."""
     row: dict[str, Any] = {"image": bench.example.name, "who": who}
-    if who == "tiledseg":
-        options = {"diameter": bench.example.diameter, "block": bench.block}
+    if who.startswith("tiledseg"):
+        options: dict[str, Any] = {"diameter": bench.example.diameter, "block": bench.block}
+        if who == "tiledseg-bf16":
+            options["precision"] = "bfloat16"
         measured, _ = run_tiledseg(bench.folder, bench.folder / "image.ome.zarr", options, bench.cores)
         labels = tiledseg_labels(bench.folder) if measured.code == 0 else None
     else:
