@@ -116,7 +116,7 @@ def inputs_of(image: Image, survey: SurveyConfig, n_inputs: int, who: str) -> tu
         raise SettingsError(f"{who} takes a single channel; leave chan2 out.")
     is_stain = survey.stain != "none"
     if survey.chan is not None:
-        return _by_number(image, survey)
+        return _by_number(image, survey.chan, survey.chan2)
     if survey.channel is None and survey.nuclear_channel is None and not is_stain and n_inputs > 2:
         return tuple(Input((i,)) for i in range(min(n_inputs, image.n_channels)))
     first = _stained(image, survey) if is_stain else _combined(image, survey.channel, survey.combine)
@@ -125,18 +125,18 @@ def inputs_of(image: Image, survey: SurveyConfig, n_inputs: int, who: str) -> tu
     return first, _combined(image, survey.nuclear_channel, survey.combine)
 
 
-def _by_number(image: Image, survey: SurveyConfig) -> tuple[Input, ...]:
+def _by_number(image: Image, chan: int, chan2: int) -> tuple[Input, ...]:
     """Inputs by Cellpose's numbers: 0 is the mean of all, 1 the first channel, and so on."""
-    wanted = [int(number) for number in (survey.chan, survey.chan2) if number is not None]
+    if chan == 0:
+        return (_of(tuple(range(image.n_channels)), "mean"),)
+    wanted = (chan, chan2) if chan2 else (chan,)
     for number in wanted:
         if number > image.n_channels:
             raise ImageError(
                 f"{image.name} has {image.n_channels} channels, so there is no chan {number}: 1 is the first (red), "
                 "2 the second (green), 3 the third (blue), and 0 the mean of all."
             )
-    grey = _of(tuple(range(image.n_channels)), "mean")
-    first, *nuclear = (grey if number == 0 else Input((number - 1,)) for number in wanted)
-    return (first, *nuclear) if survey.chan2 else (first,)
+    return tuple(Input((number - 1,)) for number in wanted)
 
 
 def _of(channels: tuple[int, ...], how: str) -> Input:
