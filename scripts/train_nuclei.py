@@ -140,7 +140,7 @@ def main() -> None:
     state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
     torch.save(state, file)
     size = dataclasses.asdict(fit_size(network, examples, options.seed))
-    card = {"diam_mean": size.pop("diam_mean"), "steps": options.steps, "seed": options.seed, "size": size}
+    card = {"diam_mean": size.pop("diam_mean"), "size": size}
     file.with_suffix(".json").write_text(json.dumps(card))
     card["validation"] = evaluate(folder, options.pictures)
     file.with_suffix(".json").write_text(json.dumps(card))
