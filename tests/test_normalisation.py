@@ -184,8 +184,8 @@ def test_uneven_light_costs_nothing_with_a_local_normalisation(
 
 def test_haze_that_varies_hides_cells_from_a_global_normalisation_alone(slide: Slide) -> None:
     image, truth = slide
-    haze = np.add.outer(np.linspace(0, 15000, image.shape[0]), np.linspace(0, 15000, image.shape[1]))
-    hazy = (image + haze).astype(np.uint16)
+    haze = np.add.outer(np.linspace(0, 30000, image.shape[0]), np.linspace(0, 30000, image.shape[1]))
+    hazy = (image + haze).astype(np.float32)
     whole, local = score(hazy, truth, "global"), score(hazy, truth, "local")
     assert local[0] > 0.95
     assert (local[:2] > whole[:2] + 0.05).all()
@@ -231,7 +231,7 @@ def test_a_pyramid_does_not_change_the_labels(
 
 
 def test_the_diameter_is_estimated_with_the_same_normalisation(slide: Slide) -> None:
-    haze = np.linspace(0, 60000, 610)
+    haze = np.linspace(0, 120000, 610)
     hazy = (slide[0] + haze).astype(np.float32)
     local = tiledseg.estimate_diameter(hazy, normalize="local")
     whole = tiledseg.estimate_diameter(hazy)

@@ -46,7 +46,10 @@ def large(path: Path, shape: tuple[int, ...] = (100_000, 80_000), chunks: tuple[
 def flight(path: Path, crew: Crew, labeller: Any = None, **settings: Any) -> Preflight:
     image, chosen = open_image(path), Settings.of(**settings)
     place = place_of(image, path.parent / "out.zarr", None, chosen)
-    return Preflight(image, (Input((0,)),), chosen, labeller or find_model(chosen.flows.model), place, crew)
+    labeller = labeller or find_model(chosen.flows.model)
+    n_inputs = image.n_channels if getattr(labeller, "takes_all_channels", False) else 1
+    inputs = tuple(Input((i,)) for i in range(n_inputs))
+    return Preflight(image, inputs, chosen, labeller, place, crew)
 
 
 def test_counts_are_those_of_a_hand(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except KeyboardInterrupt:
-        print("tiledseg: interrupted; the same command again continues.", file=sys.stderr)
+        print(f"tiledseg: interrupted{options.if_interrupted}.", file=sys.stderr)
         return 130
     return code
 
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     segment = _add(commands, "segment", _segment, "label every cell of an image")
+    segment.set_defaults(if_interrupted="; the same command again continues")
     segment.add_argument("image", metavar="IMAGE", help="OME-Zarr, Zarr or TIFF")
     segment.add_argument("-o", "--output", metavar="OUT", help="OME-Zarr for the labels (default: the image itself)")
     _add_settings(segment, Settings)
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "models", _models, "list the models that have a name")
 
     train = _add(commands, "train", _train, "fine-tune a U-Net on images with labels")
+    train.set_defaults(if_interrupted="; give the .partial beside the model file to --from to go on with it")
     train.add_argument(
         "data",
         metavar="FOLDER|ZARR",
@@ -131,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
     """A subcommand with the options all have."""
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(command=function)
+    command.set_defaults(command=function, if_interrupted="")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return command

@@ -155,7 +155,11 @@ def train(
 
     examples = [example_of(pair, model.diam_mean) for pair in learned]
     how: dict[str, Any] = {"steps": steps, "rate": rate, "seed": seed, "device": where, "bfloat16": where == "cuda"}
-    fit_network(network, examples, **how, each_step=each_step)
+    try:
+        fit_network(network, examples, **how, each_step=each_step)
+    except KeyboardInterrupt:
+        torch.save(network.state_dict(), partial)
+        raise
     size_file = _write(network, file, fit_size(network, examples, seed))
     partial.unlink(missing_ok=True)
     return TrainingReport(
