@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,17 +265,17 @@ def segment(
 def _run(job: Job, preflight: Preflight, run_id: str, executor: Executor, progress: Progress) -> Segmentation:
     """The five stages, the first two for a network only."""
     place = preflight.place
-    with torch_threads_kept():
+    with torch_threads_kept(), _kernels(job, executor) as are_ready:
         job = dataclasses.replace(job, table=place.table, plan=place.plan)
         tiles = {"n_tiles": 0, "n_skipped": 0}
         if job.segmenter is None:
-            _warm_up(job)
             job = dataclasses.replace(job, surveyed=survey.run(job, executor, progress))
             _check_geometry(job.labeller, job.settings, job.image, job.found.diameter.value)
             preflight.check(job.found.diameter.value)
         job = dataclasses.replace(job, labels=labels_folder(job, place, run_id))
         if job.segmenter is None:
             tiles = flows.run(job, executor, progress)
+        are_ready()
         masks.run(job, executor, progress)
         facts = stitch.run(job, executor, progress)
         publish.run(job, executor, progress)
@@ -361,12 +363,22 @@ def _check_geometry(
         )
 
 
-def _warm_up(job: Job) -> None:
-    """Compile the kernels once, before workers would each do it."""
+@contextlib.contextmanager
+def _kernels(job: Job, executor: Executor) -> Iterator[Callable[[], None]]:
+    """Compile the kernels of the masks, or load them; gives what waits until they are there.
+
+    For other processes before they work, since each would compile them; in this one beside survey and network.
+    """
     from .dynamics import warm_up
 
-    if isinstance(job.store, DiskStore):
-        warm_up()
+    if job.segmenter is not None or not isinstance(job.store, DiskStore):
+        yield lambda: None
+        return
+    with ThreadPoolExecutor(1, "tiledseg-kernels") as beside:
+        warming = beside.submit(warm_up)
+        if not executor.in_process:
+            warming.result()
+        yield warming.result
 
 
 def estimate_diameter(
