@@ -116,8 +116,13 @@ def box_mean(values: FloatArray, factors: tuple[int, ...]) -> FloatArray:
     if all(factor == 1 for factor in factors):
         return values
     short = [(0, -n % factor) for n, factor in zip(values.shape, factors, strict=True)]
-    values = np.pad(values, short, mode="edge")
+    if any(after for _, after in short):
+        values = np.pad(values, short, mode="edge")
     for axis, factor in enumerate(factors):
-        shape = (*values.shape[:axis], values.shape[axis] // factor, factor, *values.shape[axis + 1 :])
-        values = values.reshape(shape).mean(axis=axis + 1, dtype=np.float32)
+        # Sums of slices are several times as fast as a mean over an axis of a few pixels.
+        before = (slice(None),) * axis
+        total = values[(*before, slice(0, None, factor))].copy()
+        for k in range(1, factor):
+            total += values[(*before, slice(k, None, factor))]
+        values = total / np.float32(factor)
     return values
