@@ -171,8 +171,8 @@ def train(
         n_objects=sum(int(pair.labels.max()) for pair in pairs),
         diameter=diameter,
         loss=float(np.mean(losses[-max(1, steps // 10) :])),
-        ap_before=_precision(start, held_out),
-        ap_after=_precision(str(file), held_out),
+        ap_before=_precision(start, held_out, where),
+        ap_after=_precision(str(file), held_out, where),
     )
 
 
@@ -204,13 +204,13 @@ def _write(network: ResidualUNet, file: Path, size: Any) -> Path:
     return size_file
 
 
-def _precision(model: str, pairs: list[Pair]) -> tuple[float, ...] | None:
+def _precision(model: str, pairs: list[Pair], device: str) -> tuple[float, ...] | None:
     """Mean average precision of a model on some images."""
     if not pairs:
         return None
     scores = []
     for pair in pairs:
         nuclear = 1 if len(pair.pixels) > 1 else None
-        found = segment(pair.pixels, axes="cyx", channel=0, nuclear_channel=nuclear, model=model)
+        found = segment(pair.pixels, axes="cyx", channel=0, nuclear_channel=nuclear, model=model, device=device)
         scores.append(compare(found.labels.compute(), pair.labels).overall.ap)
     return tuple(np.mean(scores, axis=0).round(4).tolist())
