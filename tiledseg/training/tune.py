@@ -153,6 +153,7 @@ def train(
         if progress is not None:
             progress("train", step, steps)
 
+    before = _precision(start, held_out, where)
     examples = [example_of(pair, model.diam_mean) for pair in learned]
     how: dict[str, Any] = {"steps": steps, "rate": rate, "seed": seed, "device": where, "bfloat16": where == "cuda"}
     try:
@@ -171,7 +172,7 @@ def train(
         n_objects=sum(int(pair.labels.max()) for pair in pairs),
         diameter=diameter,
         loss=float(np.mean(losses[-max(1, steps // 10) :])),
-        ap_before=_precision(start, held_out, where),
+        ap_before=before,
         ap_after=_precision(str(file), held_out, where),
     )
 
