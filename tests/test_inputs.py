@@ -236,3 +236,16 @@ def test_a_run_with_other_channels_is_refused(slide: Slide, tmp_path: Path) -> N
     assert again.report.kept["flows"] == first.report.computed["flows"]
     with pytest.raises(SettingsError, match="channel was"):
         tiledseg.segment(tmp_path / "cells.ome.zarr", diameter=24.0, channel="DAPI")
+
+
+def test_a_function_is_given_channels_combined(pixels: npt.NDArray[np.uint16]) -> None:
+    """A function that copies what it is given into labels shows what that was."""
+    image = pixels // 2 * 2
+    found = tiledseg.segment(
+        image, axes="cyx", segmenter=lambda seen: seen.astype(np.uint32), channel="0,2", combine="max", halo=0
+    )
+    expected = image[[0, 2]].max(axis=0)
+    labels = found.labels.compute()
+    # Labels are numbered anew: each stands for one value, and each value has one.
+    pairs = np.unique(np.stack([labels.ravel(), expected.ravel()]), axis=1)
+    assert pairs.shape[1] == np.unique(labels).size == np.unique(expected).size
