@@ -151,7 +151,7 @@ def test_views_turn_the_flow_with_the_picture() -> None:
 def test_it_learns_and_the_file_is_a_model(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert {is_held_out(f"cells{i}") for i in range(6)} == {True, False}
     file = tmp_path / "rings"
-    assert main(["train", str(folder), "-o", str(file), "--steps", "60", "--rate", "0.001"]) == 0
+    assert main(["train", str(folder), "-o", str(file), "--steps", "40", "--rate", "0.001"]) == 0
     told = capsys.readouterr().out
     assert "learned from" in told
     model = find_model(str(file))
