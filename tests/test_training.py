@@ -225,6 +225,7 @@ def test_a_wide_file_loads_in_cellpose_3(tmp_path: Path, folder: Path) -> None:
         ({"rate": 2.0}, SettingsError, "rate between 0 and 1"),
         ({"start": "no-such-model"}, ModelError, "unknown model"),
         ({"nuclear_channel": 1}, SettingsError, "takes a single channel"),
+        ({"invert": True, "normalize": "local"}, SettingsError, "invert, normalize cannot be given for training"),
         ({"output": "missing/model"}, OutputError, "folder that does not exist"),
         ({"output": "cells0.tif"}, OutputError, "exists already"),
     ],

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import Settings
+from .config import CHANNEL_SETTINGS, Settings
 from .errors import SettingsError, TiledsegError
 
 __all__ = ["main"]
@@ -21,9 +21,15 @@ __all__ = ["main"]
 MISUSED = 2
 DIFFERENT = 1
 UNREAD = 141
-CHANNELS = {"channel", "nuclear_channel", "combine", "chan", "chan2", "stain"}
-"""Settings that say which pixels a network learns from."""
-FOR_A_DIAMETER = CHANNELS | {"invert", "model", "device", "precision", "foreground", "normalize", "missing_chunks"}
+FOR_A_DIAMETER = CHANNEL_SETTINGS | {
+    "invert",
+    "model",
+    "device",
+    "precision",
+    "foreground",
+    "normalize",
+    "missing_chunks",
+}
 """Settings that an estimate of the diameter depends on."""
 
 
@@ -123,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--labels", metavar="NAME", help="labels of an OME-Zarr, if it has several")
     train.add_argument("--axes", metavar="AXES", help="axes of images that do not say them, e.g. cyx")
     train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    _add_settings(train, Settings, only=CHANNELS)
+    _add_settings(train, Settings, only=CHANNEL_SETTINGS)
 
     demo = _add(commands, "demo", _demo, "segment a real and a synthetic image, and score it")
     demo.add_argument("-o", "--output", metavar="DIR", default="tiledseg-demo", help="folder for the results")
@@ -139,7 +145,7 @@ def _add(commands: Any, name: str, function: Any, text: str) -> argparse.Argumen
     return command
 
 
-def _add_settings(command: argparse.ArgumentParser, settings: type, only: set[str] | None = None) -> None:
+def _add_settings(command: argparse.ArgumentParser, settings: type, only: frozenset[str] | None = None) -> None:
     """One option per field of the stages' settings."""
     for stage in dataclasses.fields(settings):
         group = command.add_argument_group(stage.name)
@@ -275,11 +281,10 @@ def _train(options: argparse.Namespace) -> int:
     from .training import train
 
     bars = _Bars()
-    names = ("start", "steps", "rate", "seed", "labels", "axes", "device")
+    names = ("start", "steps", "rate", "seed", "labels", "axes")
     given = {name: getattr(options, name) for name in names}
-    channels = {name: value for name, value in _settings_of(options).items() if name in CHANNELS}
     try:
-        report = train(options.data, options.output, progress=bars, **given, **channels)
+        report = train(options.data, options.output, progress=bars, **given, **_settings_of(options))
     finally:
         bars.close()
     return _show(report.as_dict(), options.json, _training_text)

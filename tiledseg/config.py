@@ -19,6 +19,7 @@ from typing import Any
 from .errors import SettingsError
 
 __all__ = [
+    "CHANNEL_SETTINGS",
     "FlowsConfig",
     "MasksConfig",
     "PublishConfig",
@@ -30,6 +31,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SHAPES = "shapes:"
+CHANNEL_SETTINGS = frozenset({"channel", "nuclear_channel", "combine", "chan", "chan2", "stain"})
+"""Settings that say which pixels a network is shown."""
 
 
 def _option(default: Any, help_text: str, metavar: str | None = None, choices: tuple[str, ...] = ()) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from ..pictures import read_png
 from ..planes import plane_axes, plane_shape
 
 __all__ = ["Pair", "is_held_out", "read_pairs"]
+
+logger = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -106,7 +109,9 @@ def read_pairs(
         everything = tuple(slice(0, n) for n in shape)
         pixels = [single.read(image, 0, everything).astype(np.float32) for single in inputs]
         pair = _pair(image_file.stem, pixels, found, [percentiles_of(plane) for plane in pixels])
-        if pair is not None:
+        if pair is None:
+            logger.info("%s holds no objects and is left out.", labels_file)
+        else:
             yield pair
 
 

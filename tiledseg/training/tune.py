@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..cluster import resolve_device
-from ..config import SurveyConfig
+from ..config import CHANNEL_SETTINGS, SurveyConfig
 from ..errors import ImageError, ModelError, OutputError, SettingsError
 from ..networks.models import find_model
 from ..networks.unet import ResidualUNet, read_state, unet_of
@@ -129,10 +129,18 @@ def train(
     """
     if steps < 1 or not 0 < rate < 1:
         raise SettingsError(f"steps must be at least 1 and rate between 0 and 1, not {steps} and {rate}.")
+    foreign = sorted(set(channels) - CHANNEL_SETTINGS)
+    if foreign:
+        raise SettingsError(
+            f"{', '.join(foreign)} cannot be given for training, only {', '.join(sorted(CHANNEL_SETTINGS))}; leave "
+            f"{'it' if len(foreign) == 1 else 'them'} out."
+        )
     file = Path(output).absolute()
-    if file.exists() or not file.parent.is_dir():
-        what = "exists already" if file.exists() else "lies in a folder that does not exist"
-        raise OutputError(f"model file {file} {what}; choose another.")
+    if not file.parent.is_dir():
+        raise OutputError(f"model file {file} lies in a folder that does not exist; choose another.")
+    for written in (file, _size_file(file)):
+        if written.exists():
+            raise OutputError(f"model file {written} exists already; choose another.")
     model = find_model(start)
     if model.architecture != "unet":
         raise ModelError(f"model {start} is a transformer, which is not trained here; give a U-Net, such as cyto3.")
@@ -143,6 +151,8 @@ def train(
     diameter = float(np.median([pair.diameter for pair in pairs]))
     network.diam_labels.data.fill_(diameter)
     where = resolve_device(device)
+    if (device, where) == ("auto", "cpu"):
+        logger.info("no GPU found: training runs on the CPU.")
     partial = file.with_name(f"{file.name}.partial")
     losses: list[float] = []
 
@@ -188,9 +198,14 @@ def _split(pairs: list[Pair], data: Path) -> tuple[list[Pair], list[Pair]]:
     return [pair for pair in pairs if not is_held_out(pair.name)], held_out
 
 
+def _size_file(file: Path) -> Path:
+    """Where the size model of a model file lies."""
+    return file.with_name(f"{file.name}_size.npy")
+
+
 def _write(network: ResidualUNet, file: Path, size: Any) -> Path:
     """Write the model file and its size model, as Cellpose 1-3 writes them."""
-    size_file = file.with_name(f"{file.name}_size.npy")
+    size_file = _size_file(file)
     values = {
         "A": np.array(size.A, np.float32),
         "smean": np.array(size.smean, np.float32),
