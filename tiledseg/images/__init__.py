@@ -14,13 +14,25 @@ from typing import Any
 import numpy as np
 
 from ..errors import ImageError
-from .assembly import StoredLevel, assemble_image, check_array, given_axes
+from .assembly import StoredLevel, UnnamedAxesError, assemble_image, check_array, given_axes
 from .image import Image, Level, MemorySource, Source
+from .view import at_level, crop, parse_region
 
-__all__ = ["Image", "Level", "MemorySource", "Source", "channel_index", "open_image"]
+__all__ = [
+    "Image",
+    "Level",
+    "MemorySource",
+    "Source",
+    "UnnamedAxesError",
+    "at_level",
+    "channel_index",
+    "crop",
+    "open_image",
+    "parse_region",
+]
 
 
-def open_image(source: Any, *, axes: str | None = None) -> Image:
+def open_image(source: Any, *, axes: str | None = None, allow_bool: bool = False) -> Image:
     """Open an image without reading its pixels.
 
     Parameters
@@ -30,6 +42,8 @@ def open_image(source: Any, *, axes: str | None = None) -> Image:
         or an array. A dask array is computed region by region, in threads of this process.
     axes : str, optional
         Axes of the stored array, in its order, where the file does not say.
+    allow_bool : bool
+        Whether the pixels may be bool, as those of masks.
 
     Returns
     -------
@@ -40,6 +54,15 @@ def open_image(source: Any, *, axes: str | None = None) -> Image:
     ImageError
         If there is nothing there, or it is not an image that can be read.
     """
+    image = _opened(source, axes)
+    if image.dtype.kind == "b" and not allow_bool:
+        where = image.name if image.is_shippable else f"the {image.name}"
+        raise ImageError(f"{where} has dtype bool; only integers and real numbers can be segmented.")
+    return image
+
+
+def _opened(source: Any, axes: str | None) -> Image:
+    """An image by whatever reader its source needs."""
     import zarr
 
     from .from_tiff import open_tiff

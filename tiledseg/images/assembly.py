@@ -14,9 +14,21 @@ from ..axes import canonical_order, check_axes, spatial_axes
 from ..errors import ImageError
 from .image import Image, Level, Source
 
-__all__ = ["StoredLevel", "assemble_image", "channel_names", "check_array", "given_axes", "is_number"]
+__all__ = [
+    "StoredLevel",
+    "UnnamedAxesError",
+    "assemble_image",
+    "channel_names",
+    "check_array",
+    "given_axes",
+    "is_number",
+]
 
 _log = logging.getLogger(__name__)
+
+
+class UnnamedAxesError(ImageError):
+    """An array does not say what its dimensions are."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +75,11 @@ def assemble_image(
     first = stored[0]
     sizes, shifts = first.scale or [0.0] * len(disk), first.shift or [0.0] * len(disk)
     levels = []
-    for one in stored:
+    for number, one in enumerate(stored):
         scales, offsets = zip(*(_level_geometry(name, disk[at], at, first, one) for at in space), strict=True)
         shape = tuple(int(one.shape[at]) for at in order)
         chunks = tuple(max(1, min(int(one.chunks[at]), int(one.shape[at]))) for at in order)
-        levels.append(Level(one.path, shape, chunks, scales, offsets))
+        levels.append(Level(one.path, shape, chunks, scales, offsets, number, (0,) * len(shape), shape))
     return Image(
         name=name,
         axes=axes,
@@ -117,19 +129,21 @@ def given_axes(axes: str | None, shape: Sequence[int], where: str) -> str:
 
     Raises
     ------
+    UnnamedAxesError
+        If there are more than two dimensions without axes.
     ImageError
-        If there are more than two dimensions without axes, or the axes do not fit.
+        If the axes do not fit.
     """
     if axes is None and len(shape) == 2:
         return "yx"
     if axes is None:
         what = f"{len(shape)} dimensions of lengths {tuple(shape)} and does not name them"
-        raise ImageError(f"{where} has {what}; give axes, e.g. axes='zyx' (--axes zyx).")
+        raise UnnamedAxesError(f"{where} has {what}; give axes, e.g. axes='zyx' (--axes zyx).")
     return check_axes(axes, len(shape), where)
 
 
 def check_array(shape: Sequence[int], dtype: np.dtype[Any], where: str) -> None:
-    """Refuse what cannot be segmented.
+    """Refuse what is neither an image nor a mask.
 
     Parameters
     ----------
@@ -142,11 +156,11 @@ def check_array(shape: Sequence[int], dtype: np.dtype[Any], where: str) -> None:
     Raises
     ------
     ImageError
-        If there are no pixels, or they are not integers or real numbers of at most 8 bytes.
+        If there are no pixels, or they are not bool, integers or real numbers of at most 8 bytes.
     """
     if 0 in shape:
         raise ImageError(f"{where} is empty: its shape is {tuple(shape)}.")
-    if dtype.kind not in "uif" or dtype.itemsize > 8:
+    if dtype.kind not in "buif" or dtype.itemsize > 8:
         raise ImageError(f"{where} has dtype {dtype}; only integers and real numbers can be segmented.")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..axes import ALL_AXES, check_axes
 from ..errors import ImageError
-from .assembly import StoredLevel, assemble_image, channel_names, check_array, is_number
+from .assembly import StoredLevel, UnnamedAxesError, assemble_image, channel_names, check_array, is_number
 from .damage import BAD_FILE
 from .image import DROPPED, Image
 from .units import MICROMETERS, unit_name
@@ -133,7 +133,7 @@ def _tiff_axes(path: Path, letters: str, shape: Sequence[int], axes: str | None)
             found[found.index("c")] = DROPPED
             found.append("c")
         else:
-            raise ImageError(
+            raise UnnamedAxesError(
                 f"{path} has an axis {letter!r} of length {size} whose meaning is unknown (axes {letters!r}, "
                 f"shape {tuple(shape)}); give axes with one of t, c, z, y, x per dimension."
             )

@@ -15,8 +15,9 @@ from ..axes import ALL_AXES, check_axes, spatial_axes
 from ..errors import ImageError
 from .assembly import StoredLevel, assemble_image, channel_names, check_array, given_axes, is_number
 from .damage import BAD_FILE
-from .image import Image, Level, listed_names
+from .image import Image, listed_names
 from .units import unit_name
+from .view import at_level
 
 __all__ = ["ZarrSource", "open_zarr"]
 
@@ -69,9 +70,9 @@ def open_zarr(path: Path, axes: str | None) -> Image:
     parent = _read_node(path.parent)
     if parent is not None and not parent.is_array and "multiscales" in parent.ome:
         image = _open_multiscales(path.parent, parent, axes)
-        for level in image.levels:
+        for number, level in enumerate(image.levels):
             if level.path == path.name:
-                return _only_level(image, level, path, node)
+                return _only_level(image, number, path, node)
     return _open_bare(path, node, axes)
 
 
@@ -307,22 +308,13 @@ def _ome_channels(ome: Mapping[str, Any], n_channels: int) -> tuple[str, ...]:
     return channel_names([i.get("label") if isinstance(i, dict) else None for i in items], n_channels)
 
 
-def _only_level(image: Image, level: Level, path: Path, node: _Node) -> Image:
+def _only_level(image: Image, level: int, path: Path, node: _Node) -> Image:
     """An image of one of its levels alone."""
-    spacing, translation = list(image.spacing), list(image.translation)
-    for letter, scale, offset in zip(image.spatial_axes, level.scale, level.offset, strict=True):
-        at = image.axes.index(letter)
-        step = spacing[at]
-        if step is not None:
-            translation[at] += offset * step
-            spacing[at] = step * scale
-    n_spatial = len(level.scale)
+    view = at_level(image, level)
     return replace(
-        image,
+        view,
         name=str(path),
-        levels=(replace(level, path="", scale=(1.0,) * n_spatial, offset=(0.0,) * n_spatial),),
-        spacing=tuple(spacing),
-        translation=tuple(translation),
+        levels=(replace(view.levels[0], path=""),),
         source=ZarrSource(str(path.absolute()), image.source.axes, node.zarr_format, node.stamp),
         writable_group=None,
     )

@@ -22,6 +22,7 @@ __all__ = ["DROPPED", "Image", "Level", "MemorySource", "Source", "listed_names"
 
 DROPPED = "-"  # stands in the disk order for an axis of length 1 that an image does not have
 _SHOWN = 5
+_DESCRIBED = ("path", "shape", "chunks", "scale", "offset")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Level:
     """Level-0 pixels per pixel of this level, per spatial axis."""
     offset: tuple[float, ...]
     """Level-0 coordinate of the centre of pixel 0 of this level, per spatial axis."""
+    number: int
+    """Position among the stored levels, 0 the finest."""
+    start: tuple[int, ...]
+    """Stored pixels before pixel 0 per axis of `Image.axes`: more than 0 if the image is part of what is stored."""
+    stored_shape: tuple[int, ...]
+    """Stored pixels per axis of `Image.axes`."""
 
 
 class Source(Protocol):
@@ -48,7 +55,7 @@ class Source(Protocol):
         """Axes in the order on disk; ``-`` for an axis to be dropped."""
 
     def open(self, level: int, path: str) -> Any:
-        """An array that can be sliced."""
+        """The array of one stored level, which can be sliced."""
 
     def chunk_folder(self, path: str) -> Path | None:
         """Folder of a level's chunks, None for what is no local Zarr."""
@@ -83,6 +90,16 @@ class Image:
     def shape(self) -> tuple[int, ...]:
         """Pixels of level 0 per axis."""
         return self.levels[0].shape
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Pixels stored per axis, of which those of level 0 may be a part."""
+        return self.levels[0].stored_shape
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """Pixels of `full_shape` that lie before pixel 0 of level 0, per axis."""
+        return self.levels[0].start
 
     @property
     def spatial_axes(self) -> str:
@@ -137,17 +154,18 @@ class Image:
         """
         bounds = self._bounds(level, region)
         array = self._array(level)
-        torn = torn_chunks(array, self._folder(level), self._on_disk(bounds))
+        selection = self._on_disk(level, bounds)
+        torn = torn_chunks(array, self._folder(level), selection)
         if torn:
             self._raise_corrupt(level, bounds, torn, "the stored file is cut short", None)
         try:
-            pixels = array[self._on_disk(bounds)]
+            pixels = array[selection]
             if hasattr(pixels, "__dask_graph__"):
                 pixels = pixels.compute(scheduler="threads")
         except BAD_FILE as error:
             if not hasattr(array, "metadata"):
                 raise
-            failing = failing_chunks(array, self._on_disk(bounds))
+            failing = failing_chunks(array, selection)
             if not failing and isinstance(error, MemoryError):
                 raise
             self._raise_corrupt(level, bounds, failing, str(error) or type(error).__name__, error)
@@ -175,7 +193,7 @@ class Image:
         folder = self._folder(level)
         if folder is None:
             return []
-        keys = stored_keys(self._array(level), self._on_disk(bounds))
+        keys = stored_keys(self._array(level), self._on_disk(level, bounds))
         return [_join(self.levels[level].path, key) for key in keys if not (folder / key).is_file()]
 
     def describe(self) -> dict[str, Any]:
@@ -185,6 +203,8 @@ class Image:
             "axes": self.axes,
             "dtype": str(self.dtype),
             "shape": list(self.shape),
+            "position": list(self.position),
+            "full_shape": list(self.full_shape),
             "spacing": list(self.spacing),
             "units": list(self.units),
             "translation": list(self.translation),
@@ -192,13 +212,13 @@ class Image:
             "channels": list(self.channels),
             "zarr_format": self.zarr_format,
             "ome_version": self.ome_version,
-            "levels": [{key: _plain(value) for key, value in vars(level).items()} for level in self.levels],
+            "levels": [{key: _plain(getattr(level, key)) for key in _DESCRIBED} for level in self.levels],
         }
 
     def _array(self, level: int) -> Any:
         """The array of one level, in the order on disk."""
         try:
-            return self.source.open(level, self.levels[level].path)
+            return self.source.open(self.levels[level].number, self.levels[level].path)
         except BAD_FILE as error:
             if isinstance(error, ImageError):
                 raise
@@ -228,9 +248,14 @@ class Image:
             bounds.append((start, stop))
         return bounds
 
-    def _on_disk(self, bounds: Sequence[tuple[int, int]]) -> tuple[slice | int, ...]:
-        """The selection in the order on disk."""
-        return tuple(0 if letter == DROPPED else slice(*bounds[self.axes.index(letter)]) for letter in self.source.axes)
+    def _on_disk(self, level: int, bounds: Sequence[tuple[int, int]]) -> tuple[slice | int, ...]:
+        """The selection of stored pixels, in the order on disk."""
+        starts = self.levels[level].start
+        parts = {
+            letter: slice(start + low, start + high)
+            for letter, start, (low, high) in zip(self.axes, starts, bounds, strict=True)
+        }
+        return tuple(0 if letter == DROPPED else parts[letter] for letter in self.source.axes)
 
     def _raise_corrupt(self, level: int, bounds: Any, keys: list[str], why: str, cause: Exception | None) -> NoReturn:
         """Raise an error that names the chunks and the region."""
