@@ -157,8 +157,8 @@ def test_what_is_no_flow_is_an_error(bad: float) -> None:
 def test_shapes_that_do_not_fit() -> None:
     with pytest.raises(SettingsError, match=r"flows of shape \(2, 8, 9\) do not fit .* give shape \(2, 9, 8\)"):
         compute_masks(np.zeros((2, 8, 9), np.float32), np.zeros((9, 8), np.float32))
-    with pytest.raises(SettingsError, match="flows over 3 axes cannot be followed"):
-        compute_masks(np.zeros((3, 4, 4, 4), np.float32), np.zeros((4, 4, 4), np.float32))
+    with pytest.raises(SettingsError, match="flows over 4 axes cannot be followed"):
+        compute_masks(np.zeros((4, 4, 4, 4, 4), np.float32), np.zeros((4, 4, 4, 4), np.float32))
     huge = np.broadcast_to(np.False_, (2**16, 2**15))
     with pytest.raises(SettingsError, match=r"block of shape \(65536, 32768\) has 2\*\*30 pixels or more; use"):
         follow_flows(np.broadcast_to(np.float32(0), (2, *huge.shape)), huge, 1)

@@ -13,7 +13,8 @@ set of pixels in both:
   by axis, a block subtracts one constant per axis, so any two pixels of a block are in the same
   order as in the whole image.
 
-All but the Euler step works on flattened arrays with one index step per axis: 3D is one kernel more.
+Planes (y, x) and volumes (z, y, x) go the same way. All but the Euler step works on flattened arrays with one
+index step per axis: 3D is one kernel more.
 
 References
 ----------
@@ -67,13 +68,15 @@ def compute_masks(
     Parameters
     ----------
     flows : array of float32, shape (ndim, *spatial)
-        Flow in pixels per step, about unit length: the network's output already divided by 5.
+        Flow in pixels per step, about unit length: the network's output already divided by 5. Of a volume
+        the sum over the planes a pixel lies in, so up to 2 along each axis.
     cellprob : array of float32, shape (*spatial)
-        Logit of being inside an object.
+        Logit of being inside an object; axes y and x, or z, y and x.
     cellprob_threshold : float
         Pixels above this are foreground.
     flow_threshold : float
-        Objects with a larger flow error are dropped; 0 keeps all.
+        Objects with a larger flow error are dropped; 0 keeps all. Of a volume give 0, as Cellpose does: the
+        error is that of flows of unit length.
     niter : int
         Euler steps at most.
     min_size : int
@@ -93,7 +96,8 @@ def compute_masks(
     ImageError
         If a foreground flow is not finite, or beyond 1e6.
     SettingsError
-        If the shapes do not fit, the arrays are not 2D, or hold 2**30 pixels or more.
+        If the shapes do not fit, the arrays have neither two axes nor three, or they hold 2**30 pixels or
+        more, in 3D 2**31 / 3.
     """
     if flows.shape != (cellprob.ndim, *cellprob.shape):
         raise SettingsError(
@@ -183,7 +187,7 @@ def finish_masks(
     is_kept = sizes >= max(min_size, 1)
     if flow_threshold > 0:
         boxes[~is_kept, 1] = -1
-        if device == "cpu":
+        if device == "cpu" or gathered.ndim != 2:
             errors = flow_errors(gathered, flows, boxes, cores)
         else:
             errors = gpu.flow_errors(gathered, flows, boxes, device)
@@ -207,8 +211,8 @@ def find_sinks(counts: Labels) -> Indices:
     Returns
     -------
     sinks : array of int64, shape (n_sinks,)
-        Flat indices, ascending, of pixels with more than 10 particles that hold the most of their
-        5 x 5 neighbourhood; of equal ones the first in raster order counts.
+        Flat indices, ascending, of pixels with more than 10 particles that hold the most of all pixels
+        up to 2 away along every axis; of equal ones the first in raster order counts.
     """
     padded = np.pad(counts, PEAK_RADIUS)
     sinks = _peaks(padded.reshape(-1), _window(padded.shape, PEAK_RADIUS))
@@ -303,14 +307,20 @@ def _grow(counts: Any, offsets: Any, sinks: Any, regions: Any) -> None:
                 regions[i] = k + 1
 
 
-def warm_up() -> None:
-    """Compile every kernel, or load it from numba's cache: once, before workers start."""
-    labels = np.zeros((16, 16), np.int32)
-    labels[2:14, 2:14] = 1
-    labels[8, 8] = 0
+def warm_up(ndim: int = 2) -> None:
+    """Compile every kernel, or load it from numba's cache: once, before workers start.
+
+    Parameters
+    ----------
+    ndim : int
+        Axes of the blocks that will be labelled, 2 or 3.
+    """
+    labels = np.zeros((16,) * ndim, np.int32)
+    labels[(slice(2, 14),) * ndim] = 1
+    labels[(8,) * ndim] = 0
     flows = label_flows(labels)
     compute_masks(flows, labels.astype(np.float32), min_size=1)
     first, share = np.zeros(1, np.int64), np.zeros(1, np.float32)
-    for axis in (1, 2):
+    for axis in (1, ndim):
         lerp(flows, axis, first, first, share)
-    measure_objects(labels, labels[None], np.ones(1, np.uint32))
+    measure_objects(labels, labels[None], np.arange(2))  # of two: a table of one row lies otherwise in memory

@@ -8,8 +8,11 @@ idle. Sums over an object are left to the CPU: on a GPU their order is not fixed
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
+import operator
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,8 @@ __all__ = ["GPU", "flow_errors", "follow_flows", "idle_device"]
 
 FloatArray = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int32]
+
+AT_ONCE = 2**23  # particles that move together: in 3D each takes some 300 bytes
 
 GPU = threading.Lock()
 """Held by whoever keeps the GPU of this process busy."""
@@ -61,52 +66,64 @@ def follow_flows(flows: FloatArray, is_foreground: npt.NDArray[np.bool_], niter:
     """
     import torch
 
-    masked = check_flows(flows, is_foreground)
-    height, width = is_foreground.shape
+    flow = torch.from_numpy(check_flows(flows, is_foreground).reshape(-1, is_foreground.ndim)).to(device)
     first = np.flatnonzero(is_foreground)
     ends = np.full(is_foreground.size, -1, np.int32)
     with torch.inference_mode():
-        flow = torch.from_numpy(masked.reshape(-1, 2)).to(device)
-        start = torch.from_numpy(first).to(device)
-        settled_at = torch.empty(start.numel(), dtype=torch.int64, device=device)
-        moving = torch.arange(start.numel(), device=device)
-        y, x = start // width, start % width
-        low = torch.stack([-y, -x], dim=1).float()
-        high = torch.stack([height - 1 - y, width - 1 - x], dim=1).float()
-        at = y * (width + 1) + x
-        moved = torch.zeros((start.numel(), 2), dtype=torch.float32, device=device)
-        n_steps = 0
-        while moving.numel() > 0:
-            before = moved
-            for _ in range(min(CHECK_EVERY, niter - n_steps)):
-                moved = _step_2d(flow, at, width + 1, moved, low, high)
-            n_steps += CHECK_EVERY
-            net = moved - before
-            net = net * net
-            has_ended = (net[:, 0] + net[:, 1] < float(SETTLED)) | (n_steps >= niter)
-            whole = moved.floor().long()
-            settled_at[moving[has_ended]] = (whole[:, 0] * width + whole[:, 1])[has_ended]
-            left = ~has_ended
-            moving, at, moved, low, high = moving[left], at[left], moved[left], low[left], high[left]
-        ends[first] = (start + settled_at).to(torch.int32).cpu().numpy()
+        for some in np.array_split(first, max(1, math.ceil(first.size / AT_ONCE))):
+            start = torch.from_numpy(some).to(device)
+            ends[some] = _ends_of(flow, is_foreground.shape, start, niter).to(torch.int32).cpu().numpy()
     return ends.reshape(is_foreground.shape)
 
 
-def _step_2d(flow: Any, at: Any, row: int, moved: Any, low: Any, high: Any) -> Any:
-    """One Euler step, as `particles._step_2d` has it."""
+def _ends_of(flow: Any, shape: tuple[int, ...], start: Any, niter: int) -> Any:
+    """Flat indices of the pixels in which the particles that start in some pixels end."""
+    import torch
+
+    ends = torch.empty_like(start)
+    moving = torch.arange(start.numel(), device=start.device)
+    # Index steps along each axis, in the image and in the flows, which have a margin.
+    steps, wide_steps = ([math.prod(n[axis + 1 :]) for axis in range(len(n))] for n in (shape, [n + 1 for n in shape]))
+    places = [start // step % n for step, n in zip(steps, shape, strict=True)]
+    low = torch.stack([-place for place in places], dim=1).float()
+    high = torch.stack([n - 1 - place for place, n in zip(places, shape, strict=True)], dim=1).float()
+    at = _flat(places, wide_steps)
+    moved = torch.zeros((start.numel(), len(shape)), dtype=torch.float32, device=start.device)
+    n_steps = 0
+    while moving.numel() > 0:
+        before = moved
+        for _ in range(min(CHECK_EVERY, niter - n_steps)):
+            moved = _step(flow, at, wide_steps, moved, low, high)
+        n_steps += CHECK_EVERY
+        squares = torch.square(moved - before).unbind(dim=1)
+        has_ended = (functools.reduce(operator.add, squares) < float(SETTLED)) | (n_steps >= niter)
+        there = start[moving] + _flat(moved.floor().long().unbind(dim=1), steps)
+        ends[moving[has_ended]] = there[has_ended]
+        left = ~has_ended
+        moving, at, moved, low, high = moving[left], at[left], moved[left], low[left], high[left]
+    return ends
+
+
+def _flat(places: Sequence[Any], steps: Sequence[int]) -> Any:
+    """Flat index of each place, or what it changes by, from one array of integers per axis."""
+    return functools.reduce(operator.add, (place * step for place, step in zip(places, steps, strict=True)))
+
+
+def _step(flow: Any, at: Any, steps: Sequence[int], moved: Any, low: Any, high: Any) -> Any:
+    """One Euler step, as `particles._step_2d` and `particles._step_3d` have it."""
     whole = moved.floor()
     weight = moved - whole
     other = 1.0 - weight
-    index = at + whole[:, 0].long() * row + whole[:, 1].long()
-    corners = [
-        (other[:, 0] * other[:, 1], index),
-        (other[:, 0] * weight[:, 1], index + 1),
-        (weight[:, 0] * other[:, 1], index + row),
-        (weight[:, 0] * weight[:, 1], index + row + 1),
-    ]
-    parts = [share[:, None] * flow[where] for share, where in corners]
-    moved = moved + ((parts[0] + parts[1]) + (parts[2] + parts[3]))
-    return moved.maximum(low).minimum(high)
+    # Share and index of each pixel round a particle, in raster order.
+    index = at + _flat(whole.long().unbind(dim=1), steps)
+    corners = [(other[:, 0], index), (weight[:, 0], index + steps[0])]
+    for axis, step in enumerate(steps[1:], start=1):
+        sides = ((other[:, axis], 0), (weight[:, axis], step))
+        corners = [(share * side, near + shift) for share, near in corners for side, shift in sides]
+    parts = [share[:, None] * flow[near] for share, near in corners]
+    while len(parts) > 1:
+        parts = [first + second for first, second in zip(parts[::2], parts[1::2], strict=True)]
+    return (moved + parts[0]).maximum(low).minimum(high)
 
 
 def flow_errors(
