@@ -141,11 +141,13 @@ def test_levels_follow_the_image_inside_and_the_size_outside(tmp_path, image_of)
     assert outside.chunks == (70, 51)
     large = open_image(da.zeros((40, 3, 5000, 2049), chunks=1000), axes="zcyx")
     plan = plan_labels(large, tmp_path / "out.zarr", "cells", None)
-    assert (plan.axes, plan.shape, plan.chunks) == ("zyx", (40, 5000, 2049), (16, 1024, 1024))
+    assert (plan.axes, plan.shape, plan.chunks) == ("zyx", (40, 5000, 2049), (32, 256, 256))
     assert [plan.level_shape(k) for k in range(plan.n_levels)] == [
-        (40, 5000, 2049), (40, 2500, 1025), (40, 1250, 513), (40, 625, 257),
+        (40, 5000, 2049), (40, 2500, 1025), (40, 1250, 513), (40, 625, 257), (40, 313, 129), (40, 157, 65),
     ]  # fmt: skip
-    assert plan.level_chunks(3) == (16, 625, 257)
+    assert plan.level_chunks(5) == (32, 157, 65)
+    thick = plan_labels(open_image(da.zeros((300, 700, 600)), axes="zyx"), tmp_path / "out.zarr", "cells", None)
+    assert [thick.level_shape(k) for k in range(thick.n_levels)] == [(300, 700, 600), (150, 350, 300), (75, 175, 150)]
 
 
 def test_output_that_is_the_image_itself(image_of, tmp_path):

@@ -23,6 +23,7 @@ __all__ = [
     "chunk_shape",
     "count_levels",
     "create_array",
+    "level_factors",
     "level_shape",
     "multiscales",
     "ome_attributes",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 FORMATS = {"0.4": 2, "0.5": 3}
-_CHUNK_Z = 16
+_CHUNK_VOLUME = {"z": 32, "y": 256, "x": 256}
 _KINDS = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 
 
@@ -231,8 +232,29 @@ def zarr_format(version: str) -> Any:
     return FORMATS[version]
 
 
+def level_factors(axes: str, shape: Sequence[int], level: int) -> tuple[int, ...]:
+    """How many pixels of level 0 a pixel of a level covers along each axis.
+
+    Parameters
+    ----------
+    axes : str
+    shape : sequence of int
+        Pixels of level 0 per axis.
+    level : int
+
+    Returns
+    -------
+    factors : tuple of int
+        Along y and x double for every level; along z as long as there are more planes than two chunks hold.
+    """
+    planes = shape[axes.index("z")] if "z" in axes else 1
+    halvings = max(0, math.ceil(math.log2(planes / (2 * _CHUNK_VOLUME["z"]))))
+    times = {"y": level, "x": level, "z": min(level, halvings)}
+    return tuple(2 ** times.get(axis, 0) for axis in axes)
+
+
 def level_shape(axes: str, shape: Sequence[int], level: int) -> tuple[int, ...]:
-    """Pixels of a level: half of y and x, rounded up, for every level.
+    """Pixels of a level, rounded up.
 
     Parameters
     ----------
@@ -246,11 +268,18 @@ def level_shape(axes: str, shape: Sequence[int], level: int) -> tuple[int, ...]:
     shape : tuple of int
         Pixels per axis.
     """
-    return tuple(-(-n // 2**level) if axis in "yx" else n for axis, n in zip(axes, shape, strict=True))
+    return tuple(-(-n // factor) for n, factor in zip(shape, level_factors(axes, shape, level), strict=True))
+
+
+def _sides(axes: str, shape: Sequence[int], chunk: int) -> dict[str, int]:
+    """Pixels of a chunk: squares of a side of `chunk` in pictures, of 32 planes and at most 256 in volumes."""
+    is_volume = "z" in axes and shape[axes.index("z")] > 1
+    sides = {"z": 1, "y": chunk, "x": chunk}
+    return {axis: min(n, chunk) for axis, n in _CHUNK_VOLUME.items()} if is_volume else sides
 
 
 def chunk_shape(axes: str, shape: Sequence[int], chunk: int) -> tuple[int, ...]:
-    """Pixels of a chunk: squares of a side of `chunk`, a few along z.
+    """Pixels of a chunk: a single frame of a series and channel.
 
     Parameters
     ----------
@@ -258,14 +287,15 @@ def chunk_shape(axes: str, shape: Sequence[int], chunk: int) -> tuple[int, ...]:
     shape : sequence of int
         Pixels of the array per axis.
     chunk : int
+        Side in pictures, and the largest in volumes.
 
     Returns
     -------
     chunks : tuple of int
         Pixels per axis, at most `shape`.
     """
-    wanted = {"t": 1, "c": 1, "z": _CHUNK_Z, "y": chunk, "x": chunk}
-    return tuple(min(wanted[axis], n) for axis, n in zip(axes, shape, strict=True))
+    wanted = _sides(axes, shape, chunk)
+    return tuple(min(wanted.get(axis, 1), n) for axis, n in zip(axes, shape, strict=True))
 
 
 def count_levels(axes: str, shape: Sequence[int], chunk: int) -> int:
@@ -277,7 +307,7 @@ def count_levels(axes: str, shape: Sequence[int], chunk: int) -> int:
     shape : sequence of int
         Pixels of level 0 per axis.
     chunk : int
-        Pixels along y and x.
+        Side of a chunk in pictures, and the largest in volumes.
 
     Returns
     -------
@@ -285,4 +315,4 @@ def count_levels(axes: str, shape: Sequence[int], chunk: int) -> int:
         At least 1.
     """
     largest = max(n for axis, n in zip(axes, shape, strict=True) if axis in "yx")
-    return 1 + max(0, math.ceil(math.log2(largest / chunk)))
+    return 1 + max(0, math.ceil(math.log2(largest / _sides(axes, shape, chunk)["y"])))

@@ -29,6 +29,7 @@ from .groups import (
     chunk_shape,
     count_levels,
     create_array,
+    level_factors,
     level_shape,
     multiscales,
     ome_attributes,
@@ -258,7 +259,7 @@ def finish_labels(plan: LabelsPlan) -> None:
         label_info["version"] = "0.4"
     steps = [step or 1.0 for step in plan.spacing]
     scales = [
-        [step * (2**level if axis in "yx" else 1) for axis, step in zip(plan.axes, steps, strict=True)]
+        [step * factor for step, factor in zip(steps, level_factors(plan.axes, plan.shape, level), strict=True)]
         for level in range(plan.n_levels)
     ]
     entry = multiscales(plan.name, plan.axes, plan.units, scales, [list(plan.translation)] * plan.n_levels)

@@ -24,6 +24,7 @@ from .groups import (
     chunk_shape,
     count_levels,
     create_array,
+    level_factors,
     level_shape,
     multiscales,
     update_ome,
@@ -81,14 +82,19 @@ def write_image(
     n_channels = _check_image(path, array.shape, axes, spacing_um, channels, version)
     steps = dict(zip(space, spacing_um, strict=True)) if spacing_um else {}
     count = n_levels or count_levels(axes, array.shape, chunk)
-    scales = [[steps.get(a, 1.0) * (2**k if a in "yx" else 1) for a in axes] for k in range(count)]
-    shifts = [[steps.get(a, 1.0) * ((2**k - 1) / 2 if a in "yx" else 0.0) for a in axes] for k in range(count)]
+    factors = [level_factors(axes, array.shape, level) for level in range(count)]
+    sizes = [steps.get(axis, 1.0) for axis in axes]
+    scales = [[size * factor for size, factor in zip(sizes, of, strict=True)] for of in factors]
+    shifts = [[size * (factor - 1) / 2 for size, factor in zip(sizes, of, strict=True)] for of in factors]
     group = zarr.create_group(path, zarr_format=zarr_format(version))
     _write_levels(path, array, version, axes, count, chunk)
     units = ["micrometer" if axis in steps else None for axis in axes]
     entry = multiscales(path.name.split(".")[0], axes, units, scales, shifts)
     entry["type"] = "mean"
-    entry["metadata"] = {"description": "mean of 2 x 2 pixels of the level before", "method": "tiledseg"}
+    entry["metadata"] = {
+        "description": "mean of 2 pixels of the level before along each axis that is halved",
+        "method": "tiledseg",
+    }
     ome: dict[str, Any] = {"multiscales": [entry]}
     if n_channels:
         ome["omero"] = _omero(channels or [str(i) for i in range(n_channels)], np.dtype(array.dtype))
@@ -103,7 +109,7 @@ def _write_levels(path: Path, array: Any, version: str, axes: str, n_levels: int
         chunks = chunk_shape(axes, shape, chunk)
         after = create_array(path / str(level), version, axes, shape, chunks, array.dtype, keep_empty=True)
         for region in _regions(shape, chunks):
-            after[region] = _pixels(before, region) if level == 0 else _mean(before, axes, region)
+            after[region] = _pixels(before, region) if level == 0 else _mean(before, shape, region)
         before = after
 
 
@@ -154,16 +160,16 @@ def _pixels(array: Any, region: tuple[slice, ...]) -> npt.NDArray[Any]:
     return np.asarray(found.compute(scheduler="threads") if hasattr(found, "compute") else found)
 
 
-def _mean(finer: Any, axes: str, region: tuple[slice, ...]) -> npt.NDArray[Any]:
-    """Means of 2 x 2 pixels; an odd last row or column counts twice."""
+def _mean(finer: Any, shape: Sequence[int], region: tuple[slice, ...]) -> npt.NDArray[Any]:
+    """Means of 2 pixels along each axis that is halved to get to a shape; an odd last one counts twice."""
+    steps = [-(-a // b) for a, b in zip(finer.shape, shape, strict=True)]
     wide = tuple(
-        slice(2 * part.start, min(2 * part.stop, size)) if axis in "yx" else part
-        for axis, part, size in zip(axes, region, finer.shape, strict=True)
+        slice(part.start * step, min(part.stop * step, n))
+        for part, step, n in zip(region, steps, finer.shape, strict=True)
     )
     pixels = _pixels(finer, wide)
-    pad = [(0, pixels.shape[at] % 2 if axis in "yx" else 0) for at, axis in enumerate(axes)]
-    pixels = np.pad(pixels, pad, mode="edge")
-    *rest, height, width = pixels.shape
-    means = pixels.reshape(*rest, height // 2, 2, width // 2, 2).mean(axis=(-3, -1), dtype=np.float64)
+    pixels = np.pad(pixels, [(0, -n % step) for n, step in zip(pixels.shape, steps, strict=True)], mode="edge")
+    boxes = [size for n, step in zip(pixels.shape, steps, strict=True) for size in (n // step, step)]
+    means = pixels.reshape(boxes).mean(axis=tuple(range(1, len(boxes), 2)), dtype=np.float64)
     rounded = np.rint(means) if pixels.dtype.kind in "ui" else means
     return np.asarray(rounded, dtype=pixels.dtype)
