@@ -70,10 +70,10 @@ def ellipses(shape: tuple[int, int], diameter: float, n_tries: int, seed: int) -
 
 
 def smooth_noise(shape: tuple[int, ...], sigma: float, size: float, seed: int) -> npt.NDArray[np.float32]:
-    """Two axes of noise of standard deviation `size`, smooth over `sigma` pixels."""
+    """A component along each axis of noise of standard deviation `size`, smooth over `sigma` pixels."""
     from scipy.ndimage import gaussian_filter
 
-    noise = np.random.default_rng(seed).standard_normal((2, *shape))
+    noise = np.random.default_rng(seed).standard_normal((len(shape), *shape))
     smooth = np.stack([gaussian_filter(axis, sigma) for axis in noise])
     return (smooth * (size / smooth.std())).astype(np.float32)
 
@@ -103,3 +103,25 @@ def crowds(draw: Any, shape: tuple[int, int], diameter: float) -> Labels:
         half = np.moveaxis(labels, axis, 0)
         half[: half.shape[0] // 2] = 0
     return numbered(labels)
+
+
+def balls(shape: tuple[int, ...], diameter: float, n_tries: int, seed: int, thickness: float = 1.0) -> Labels:
+    """Balls thrown at a volume of planes `thickness` pixels thick, up to a fifth covered by earlier ones."""
+    rng = np.random.default_rng(seed)
+    labels = np.zeros(shape, np.int32)
+    places = np.indices(shape).astype(np.float32) * np.array([thickness, 1, 1], np.float32)[:, None, None, None]
+    for value in range(1, n_tries + 1):
+        centre = rng.uniform(0, np.array(shape) * [thickness, 1, 1])
+        radius = diameter / 2 * rng.uniform(0.7, 1.2)
+        is_in = np.square(places - centre[:, None, None, None]).sum(axis=0) <= radius**2
+        is_free = is_in & (labels == 0)
+        if is_free.sum() >= 0.8 * is_in.sum():
+            labels[is_free] = value
+    return connected(labels)
+
+
+@st.composite
+def swarms(draw: Any, shape: tuple[int, ...], diameter: float, thickness: float = 1.0) -> Labels:
+    """Balls of about a diameter, from a few to as many as fit."""
+    n_tries = draw(st.sampled_from([0, 3, 20, 60]))
+    return numbered(balls(shape, diameter, n_tries, draw(seeds), thickness))

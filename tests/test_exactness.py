@@ -21,12 +21,12 @@ from tiledseg.cluster import ThreadExecutor
 from tiledseg.config import Settings
 from tiledseg.images import open_image
 from tiledseg.inputs import Input
-from tiledseg.job import Diameter, Job, Surveyed
+from tiledseg.job import Diameter, Job, Moment, Surveyed
 from tiledseg.networks.models import find_model
 from tiledseg.progress import Progress
 from tiledseg.store import MemoryStore
 
-from .strategies import Labels, connected, crowds, label_fields, logits, numbered, seeds, sides, smooth_noise
+from .strategies import Labels, connected, crowds, label_fields, logits, numbered, seeds, sides, smooth_noise, swarms
 
 DIAM_MEAN = 8.0
 HALO = 16
@@ -40,7 +40,7 @@ Flows = npt.NDArray[np.float32]
 class Case:
     """What a network would have said of an image: flows and logits on the working grid."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     diameter: float
     values: Flows
 
@@ -52,7 +52,7 @@ class Case:
         noise: float = 0.0,
         seed: int = 0,
         zoom: float = 1.0,
-        shape: tuple[int, int] | None = None,
+        shape: tuple[int, ...] | None = None,
     ) -> Case:
         """Flows of drawn cells, with noise; the image is larger than the working grid by `zoom`."""
         unit, cellprob = heat.label_flows(field), logits(field)
@@ -67,33 +67,41 @@ class Case:
 def surveyed(case: Case, is_mapped: bool) -> Surveyed:
     """What the survey would have found."""
     diameter = Diameter(case.diameter, "given", (case.diameter, case.diameter))
-    cell = (float(FOREGROUND_CELL),) * 2 if is_mapped else ()
-    return Surveyed(((0.0, 1.0),), False, 0, cell, 1.0, diameter)
+    cell = (float(FOREGROUND_CELL),) * len(case.shape) if is_mapped else ()
+    return Surveyed((Moment(((0.0, 1.0),), False, diameter),), 0, cell, 1.0)
 
 
 def fill_flows(job: Job, case: Case) -> None:
     """The pieces of the given flows, blended from tiles by the flows stage itself."""
-    lattice = job.lattice
-    assert lattice.shape == case.values.shape[1:]
-    job.store.create("flows.zarr", (*lattice.chunk_counts, 3, *lattice.piece_shape), (), "float16")
-    for chunk in lattice.chunks():
-        outputs = {}
-        for tile in lattice.tiles_of(chunk):
-            outputs[tile] = np.zeros((3, lattice.tile, lattice.tile), np.float32)
-            region = lattice.tile_region(tile)
-            inside = tuple(slice(max(p.start, 0), min(p.stop, n)) for p, n in zip(region, lattice.shape, strict=True))
-            there = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(inside, region, strict=True))
-            outputs[tile][:, *there] = case.values[:, *inside]
-        job.store.open("flows.zarr")[chunk] = flows.process_block(outputs, lattice, chunk)
+    for sheet in job.sheets:
+        lattice = sheet.lattice
+        assert lattice.shape == case.values.shape[1:]
+        # Of a volume every component of the flow is the sum of two orientations.
+        share = case.values[[*sheet.planes, -1]] / (len(case.shape) - 1)
+        job.store.create(sheet.name, sheet.array_shape, (), "float16")
+        for chunk in lattice.chunks():
+            outputs = {}
+            for tile in lattice.tiles_of(chunk):
+                filled = np.zeros((3, *lattice.sides), np.float32)
+                region = lattice.tile_region(tile)
+                inside = tuple(
+                    slice(max(p.start, 0), min(p.stop, n)) for p, n in zip(region, lattice.shape, strict=True)
+                )
+                there = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(inside, region, strict=True))
+                filled[:, *there] = share[:, *inside]
+                outputs[tile] = filled.reshape(3, lattice.tile, lattice.tile)
+            piece = flows.process_block(outputs, lattice, lattice.piece_region(chunk))
+            job.store.open(sheet.name)[(0,) * len(sheet.frames) + chunk] = piece
 
 
 def fill_foreground(job: Job, case: Case) -> None:
     """The map of where the image holds something: here, where the logit is positive."""
     counts = [-(-n // FOREGROUND_CELL) for n in case.shape]
     pad = [(0, count * FOREGROUND_CELL - n) for count, n in zip(counts, case.shape, strict=True)]
-    is_cell = np.pad(case.values[-1] > 0, pad).reshape(counts[0], FOREGROUND_CELL, counts[1], FOREGROUND_CELL)
+    boxes = [side for count in counts for side in (count, FOREGROUND_CELL)]
+    is_cell = np.pad(case.values[-1] > 0, pad).reshape(boxes)
     job.store.create("survey.zarr/foreground", tuple(counts), (), "bool")
-    job.store.open("survey.zarr/foreground")[:] = is_cell.any(axis=(1, 3))
+    job.store.open("survey.zarr/foreground")[:] = is_cell.any(axis=tuple(range(1, len(boxes), 2)))
 
 
 def labelled(
@@ -101,8 +109,9 @@ def labelled(
 ) -> tuple[npt.NDArray[np.uint32], dict[str, int]]:
     """Labels of the real stages, and what stitching counted."""
     model = dataclasses.replace(find_model("tiledseg-nuclei"), diam_mean=DIAM_MEAN, tile=64, stride=40)
+    chosen = {"do_3d": len(case.shape) == 3, **chosen}
     config = Settings.of(diameter=case.diameter, block=block, **chosen)
-    image = open_image(np.zeros(case.shape, np.uint8))
+    image = open_image(np.zeros(case.shape, np.uint8), axes="zyx"[-len(case.shape) :])
     job = Job(
         image, (Input((0,)),), config, model, "cpu", MemoryStore(), "masks-test", surveyed=surveyed(case, is_mapped)
     )
@@ -251,3 +260,45 @@ def test_a_large_object_is_whole_again_with_the_automatic_halo() -> None:
     _, facts = labelled(case, 32, halo=HALO)
     assert facts["n_cut_by_halo"] > 0
     assert check_blocks_equal_the_whole(case, 32).max() == 1
+
+
+@settings(max_examples=25, derandomize=True)
+@given(st.data(), st.sampled_from([16, 17, 24]), st.sampled_from([0.0, 0.2]), st.sampled_from([0, 40]))
+def test_one_answer_in_a_volume(data: st.DataObject, block: int, noise: float, min_size: int) -> None:
+    # A volume of a single plane is segmented as one.
+    shape = tuple(max(data.draw(sides(block, 44)), 2 if axis == "z" else 1) for axis in "zyx")
+    case = Case.of(data.draw(swarms(shape, DIAM_MEAN)), noise=noise, seed=data.draw(seeds) // 2)
+    check_blocks_equal_the_whole(case, block, min_size=min_size)
+
+
+@settings(max_examples=15, derandomize=True)
+@given(st.data(), st.sampled_from([2.0, 5.0]), st.booleans(), st.sampled_from([0.0, 1.0]))
+def test_one_answer_in_a_volume_of_thick_planes(
+    data: st.DataObject, anisotropy: float, resample: bool, smooth: float
+) -> None:
+    shape = (data.draw(st.integers(2, 12)), *(data.draw(st.integers(20, 60)) for _ in range(2)))
+    field = data.draw(swarms((round(shape[0] * anisotropy), *shape[1:]), DIAM_MEAN))
+    case = Case.of(field, noise=0.1, shape=shape)
+    block = data.draw(st.integers(16, 40))
+    check_blocks_equal_the_whole(case, block, anisotropy=anisotropy, resample=resample, flow3d_smooth=smooth)
+
+
+def test_a_ball_in_eight_blocks_is_one() -> None:
+    places = np.indices((41, 41, 41)) - 20
+    case = Case.of((np.sqrt(np.square(places).sum(axis=0)) < DIAM_MEAN / 2).astype(np.int32))
+    whole = check_blocks_equal_the_whole(case, 20)
+    assert whole.max() == 1
+    assert whole[19:21, 19:21, 19:21].all(), "the ball does not touch all eight blocks: the test shows nothing"
+    _, facts = labelled(case, 20)
+    assert facts["n_pairs"] == facts["n_exact_pairs"] >= 28  # each two of eight blocks
+
+
+def test_thin_planes_are_followed_in_true_directions() -> None:
+    field = np.zeros((60, 40, 40), np.int32)
+    for centre in (12, 30, 48):
+        places = np.indices(field.shape) - np.array([centre, 20, 20])[:, None, None, None]
+        field[np.sqrt(np.square(places).sum(axis=0)) < 8] = centre
+    case = Case.of(numbered(field), shape=(12, 40, 40))
+    labels, _ = labelled(case, 40, anisotropy=5.0)
+    assert labels.max() == 3
+    np.testing.assert_array_equal(labels[[2, 6, 9], 20, 20], [1, 2, 3])

@@ -80,8 +80,8 @@ def test_channels_by_number_are_shown_as_cellpose_3_does(reference: Path, chan: 
     with connect(small=True) as executor:
         job = Job(image, inputs, settings, model, "cpu", MemoryStore())
         job = dataclasses.replace(job, surveyed=survey.run(job, executor, Progress(None)))
-    region = tuple(slice(0, n) for n in job.working.shape)
-    values = read_tile(image, job.shown, job.working, region)
+    region = tuple(slice(0, n) for n in job.working(0).shape)
+    values = read_tile(image, job.shown(0), job.working(0), (), region)
     assert len(values) == (2 if chan2 else 1)
     for found, theirs in zip(values, pair, strict=False):
         np.testing.assert_allclose(found, theirs, atol=1e-5)

@@ -28,7 +28,7 @@ WHOLE = (100.0, 1100.0)
 def map_of(image: np.ndarray, is_counted: np.ndarray | None = None, noise: float = 0.0) -> np.ndarray:
     samples = sample_cells(image.astype(np.float32))
     counted = np.ones(samples.shape[:2], bool) if is_counted is None else is_counted
-    return range_map(samples[None], 0, np.full(counted.shape, noise, np.float32), counted, WHOLE)
+    return range_map(lambda start, stop: samples[start:stop], np.full(counted.shape, noise, np.float32), counted, WHOLE)
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,10 @@ def test_a_part_of_a_tile_holds_the_values_of_the_whole(normalisation: str) -> N
     grid = WorkingGrid.for_diameter(image.shape, 20.0, 17.0)
     how = WholeRange(*WHOLE) if normalisation == "whole" else LocalRange(map_of(image)[None], 0, (128.0, 128.0))
     opened = open_image(image, axes="yx")
-    whole = read_tile(opened, [(Input((0,)), how)], grid, tuple(slice(0, n) for n in grid.shape))[0]
+    whole = read_tile(opened, [(Input((0,)), how)], grid, (), tuple(slice(0, n) for n in grid.shape))[0]
     for region in (np.s_[0:224, 0:224], np.s_[150:374, 130:354], np.s_[541:765, 371:595]):
         inside = tuple(slice(p.start, min(p.stop, n)) for p, n in zip(region, grid.shape, strict=True))
-        part = read_tile(opened, [(Input((0,)), how)], grid, region)[0]
+        part = read_tile(opened, [(Input((0,)), how)], grid, (), region)[0]
         expected = whole[inside]
         assert np.array_equal(part[tuple(slice(0, n) for n in expected.shape)], expected)
     assert np.isfinite(whole).all()
@@ -115,7 +115,7 @@ def test_pixels_that_are_not_finite_become_the_local_background() -> None:
     image = np.full((128, 768), np.inf, np.float32)
     grid = WorkingGrid(image.shape, (1.0, 1.0))
     how = LocalRange(points[None], 0, (128.0, 128.0))
-    values = read_tile(open_image(image, axes="yx"), [(Input((0,)), how)], grid, np.s_[0:128, 0:768])[0]
+    values = read_tile(open_image(image, axes="yx"), [(Input((0,)), how)], grid, (), np.s_[0:128, 0:768])[0]
     assert np.array_equal(values, np.zeros_like(values))
 
 

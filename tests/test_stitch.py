@@ -18,7 +18,7 @@ from tiledseg.config import Settings
 from tiledseg.grid import BlockGrid
 from tiledseg.images import open_image
 from tiledseg.inputs import Input
-from tiledseg.job import Diameter, Job, Surveyed
+from tiledseg.job import Diameter, Job, Moment, Surveyed
 from tiledseg.networks.models import find_model
 from tiledseg.omezarr import write_image
 from tiledseg.progress import Progress
@@ -46,7 +46,7 @@ def bench() -> ModuleType:
 def job_on(image: Any, block: int, halo: int, store: Store) -> Job:
     """A run that has come as far as the labels of its blocks."""
     settings = Settings.of(diameter=10.0, block=block, halo=halo)
-    known = Surveyed(((0.0, 1.0),), False, 0, (), 1.0, Diameter(10.0, "given", (10.0, 10.0)))
+    known = Surveyed((Moment(((0.0, 1.0),), False, Diameter(10.0, "given", (10.0, 10.0))),), 0, (), 1.0)
     return Job(
         open_image(image),
         (Input((0,)),),

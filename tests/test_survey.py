@@ -56,7 +56,7 @@ def test_white_noise_is_background_and_its_level_is_measured(noise: float, offse
     assert statistics.shape == (3, 8, 6)
     assert statistics[2].mean() == pytest.approx(noise, rel=0.1)
     # Noise alone passes now and then; each time it does, nine cells of the map are lost to it.
-    assert foreground_map(statistics, contrast=1.0e-6).mean() <= 9 / 48
+    assert foreground_map(statistics, contrast=1.0e-6, reach=(1, 1)).mean() <= 9 / 48
 
 
 @given(st.floats(1.5, 50), st.integers(8, 500), st.integers(8, 370), st.integers(0, 100))
@@ -65,7 +65,7 @@ def test_a_cell_in_noise_is_foreground_with_its_surroundings(contrast: float, y:
     image = np.random.default_rng(seed).normal(100, 1.0, (512, 384))
     rows, columns = np.ogrid[:512, :384]
     image[np.hypot(rows - y, columns - x) < 6] += contrast
-    found = foreground_map(statistics_of(image), contrast=1.0)
+    found = foreground_map(statistics_of(image), contrast=1.0, reach=(1, 1))
     cell = (min(y, 511) // 64, min(x, 383) // 64)
     assert found[max(0, cell[0] - 1) : cell[0] + 2, max(0, cell[1] - 1) : cell[1] + 2].all()
 

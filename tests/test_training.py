@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,9 @@ def test_what_an_interrupted_training_learned_can_be_gone_on_from(folder: Path, 
     file = tmp_path / "model"
     command = ["train", str(folder), "-o", str(file), "--steps", "100000"]
     code = f"import sys; from tiledseg.cli import main; sys.exit(main({command!r}))"
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as running:
+    # A shell that runs the tests in the background has its children ignore the signal.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, preexec_fn=heed) as running:
         told = b""
         while b"train" not in told or b" 2/" not in told:
             told += running.stderr.read(1)  # type: ignore[union-attr]

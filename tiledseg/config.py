@@ -111,6 +111,26 @@ class SurveyConfig:
         "light or stain",
         choices=("global", "local"),
     )
+    per_time: bool = _option(
+        False, "normalise and scale every time point by itself, for cells that grow or fade; default is one for all"
+    )
+    region: str | None = _option(
+        None,
+        "segment this part of the image only, in pixels of the full-size image, e.g. z=0:50,y=1000:3000; the labels "
+        "have its size and lie in its place",
+        "z=A:B,y=A:B",
+    )
+    level: int = _option(
+        0,
+        "level of the pyramid to segment, and the size of the labels; diameter and sizes stay in pixels of the "
+        "full-size image. At any level the network reads the one that is just fine enough for it",
+        "N",
+    )
+    mask: str | None = _option(
+        None,
+        "an array of any resolution, not 0 where cells are to be sought: OME-Zarr, Zarr or TIFF",
+        "PATH",
+    )
     missing_chunks: str = _option(
         "refuse",
         "what to do where the image lacks chunks: 'refuse' stops and names one, 'fill' reads them as the "
@@ -124,6 +144,7 @@ class SurveyConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         _one_of("combine", self.combine, ("max", "mean"))
         _one_of("stain", self.stain, ("none", "hematoxylin", "eosin", "dab"))
+        _whole("level", self.level, 0)
         self._check_numbers()
         self._measure_shapes()
         self.diameter_given()
@@ -219,18 +240,34 @@ class FlowsConfig:
         "ask the network with tiles that overlap by half, every second one mirrored, and average: "
         "steadier outlines, for nearly three times as many tiles; tile_overlap does not count then",
     )
+    do_3d: bool = _option(
+        False,
+        "seek cells in three dimensions: the network sees the planes YX, ZX and ZY, and flows are followed in all",
+    )
+    anisotropy: str | float = _option(
+        "auto",
+        "thickness of a plane in pixels of y and x, with do_3d: 'auto' is what the pixel sizes say",
+        "auto|X",
+    )
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
         _number("tile_overlap", self.tile_overlap, 0.05, 0.45)
+        if self.anisotropy != "auto":
+            object.__setattr__(self, "anisotropy", _number("anisotropy", self.anisotropy, 0.02, 50))
 
 
 @dataclass(frozen=True)
 class MasksConfig:
     """How flows become labels. May change between runs: only masks and what follows are redone."""
 
-    block: int = _option(2048, "side of the blocks in pixels; the labels do not depend on it", "PX")
+    block: str | int = _option(
+        "auto",
+        "side of the blocks in pixels; the labels do not depend on it. 'auto' is 2048 in planes, 256 in volumes, and "
+        "1024 in 32 planes where planes are stitched",
+        "auto|PX",
+    )
     halo: str | int = _option(
         "auto",
         "pixels read around a block: 'auto' is two diameters, and more where a cell reaches the edge",
@@ -239,27 +276,37 @@ class MasksConfig:
     flow_threshold: float = _option(
         0.4,
         "largest disagreement between an object's shape and the network's flow (the model match threshold of Cellpose "
-        "in napari); higher keeps more, 0 keeps all",
+        "in napari); higher keeps more, 0 keeps all; not in 3D",
         "X",
     )
     cellprob_threshold: float = _option(0.0, "cell logit above which a pixel may be part of a cell", "X")
-    min_size: int = _option(15, "smallest object in pixels of the full-size image", "PX")
+    min_size: int = _option(15, "smallest object in pixels of the full-size image (voxels of a volume)", "PX")
     max_size: int = _option(0, "largest object in pixels of the full-size image; 0 keeps all", "PX")
     niter: str | int = _option(
         "auto",
         "steps a pixel may take along the flow: 'auto' is 200 in units of the network's grid",
         "auto|N",
     )
+    stitch_threshold: float | None = _option(
+        None,
+        "seek cells plane by plane, and join those of successive planes that overlap by this share (IoU); 0 joins none",
+        "X",
+    )
+    stitch_gap: int = _option(
+        0, "1 joins planes of a cell over one in which it is missing, where none is joined between", "N"
+    )
+    flow3d_smooth: float = _option(0.0, "smooth flows in 3D with a Gaussian of this many pixels", "PX")
     resample: bool = _option(
         True,
         "follow the flows at full size (smooth outlines) or on the network's grid (faster if cells are large)",
     )
 
     def __post_init__(self) -> None:
-        _whole("block", self.block, 16)
+        if self.block != "auto":
+            object.__setattr__(self, "block", _whole("block", self.block, 16))
         if self.halo != "auto":
             object.__setattr__(self, "halo", _whole("halo", self.halo, 0))
-            if int(self.halo) > self.block:
+            if self.block != "auto" and int(self.halo) > int(self.block):
                 raise SettingsError(
                     f"block {self.block} is smaller than the halo {self.halo}; give a block of at least "
                     f"{self.halo} (--block {self.halo}) or a smaller halo."
@@ -272,6 +319,10 @@ class MasksConfig:
             raise SettingsError(
                 f"max_size {self.max_size} is below min_size {self.min_size}, so nothing would be left."
             )
+        if self.stitch_threshold is not None:
+            object.__setattr__(self, "stitch_threshold", _number("stitch_threshold", self.stitch_threshold, 0, 1))
+        _whole("stitch_gap", self.stitch_gap, 0, 1)
+        _number("flow3d_smooth", self.flow3d_smooth, 0, 100)
         if self.niter != "auto":
             object.__setattr__(self, "niter", _whole("niter", self.niter, 1, 1_000_000))
 

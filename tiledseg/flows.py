@@ -3,18 +3,19 @@
 Reads
     The image on the working grid, the survey.
 Writes
-    ``flows.zarr``: per chunk of the lattice the weighted sum of its tiles, in float16: flow along
-    each axis, then the cell logit above its floor. 0 means "nothing here", so a chunk in which
-    nothing was computed need not be stored.
+    ``flows.zarr``: for each orientation of the planes that the network sees (one in a picture, three in a
+    volume) and each chunk of its lattice the weighted sum of its tiles, in float16: flow along both axes of
+    the plane, then the cell logit above its floor. 0 means "nothing here", so a chunk in which nothing was
+    computed need not be stored.
 Parallel over
-    Chunks of the lattice.
+    Chunks of the lattices, of all frames.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,81 +23,141 @@ import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
 from .cores import CORES
+from .frames import frame_region
 from .grid import Index, Lattice, Region, enclosing, region_shape, shift
-from .job import CELLPROB_FLOOR, Job
+from .job import CELLPROB_FLOOR, N_OUTPUTS, Job, Sheet
 from .networks.runner import load_network
 from .progress import Progress
 from .working import pixels_to_read, read_tile
 
-__all__ = ["PIXELS_AT_ONCE", "compute_chunk", "process_block", "run"]
+__all__ = ["PIXELS_AT_ONCE", "compute_chunk", "group_shape", "process_block", "run"]
 
 FloatArray = npt.NDArray[np.float32]
 
 PIXELS_AT_ONCE = 2**22
-"""Of a level of the image, times inputs, that are read at once for the tiles of a chunk."""
+"""Of a level of the image, times inputs, that are read at once for some tiles of a chunk."""
+TILES_AT_ONCE = 64
+"""Of a volume, that are worked on together."""
 
 
-def process_block(outputs: dict[Index, FloatArray], lattice: Lattice, chunk: Index) -> npt.NDArray[np.float16]:
-    """Blend the network's output on the tiles of one chunk.
+def process_block(outputs: dict[Index, FloatArray], lattice: Lattice, piece: Region) -> npt.NDArray[np.float16]:
+    """Blend the network's output on some tiles.
 
     Parameters
     ----------
-    outputs : dict of tile index to array of float32, shape (ndim + 1, b, b)
-        Unit flow per axis and cell logit; tiles left out count as background.
+    outputs : dict of tile index to array of float32, shape (3, b, b)
+        Unit flow along both axes of the tile's plane and cell logit; tiles left out count as background.
     lattice : Lattice
         The lattice the tiles belong to.
-    chunk : tuple of int
-        Index of the chunk.
+    piece : tuple of slice
+        The part of the working grid that is wanted; holds the tiles.
 
     Returns
     -------
-    piece : array of float16, shape (ndim + 1, *lattice.piece_shape)
-        The chunk's share of the blend.
+    blended : array of float16, shape (3, *piece)
+        The tiles' share of the blend, the logit above its floor.
     """
-    n = len(chunk) + 1
-    piece = np.zeros((n, *lattice.piece_shape), np.float32)
-    origin = tuple(p.start for p in lattice.piece_region(chunk))
+    blended = np.zeros((N_OUTPUTS, *region_shape(piece)), np.float32)
     for tile in sorted(outputs):
         output = outputs[tile].copy()
         output[-1] = np.maximum(output[-1], CELLPROB_FLOOR) - CELLPROB_FLOOR
-        for axis, weights in enumerate(lattice.weights(tile)):
-            output *= weights.reshape((-1,) + (1,) * (len(chunk) - 1 - axis))
-        where = tuple(slice(p.start - o, p.stop - o) for p, o in zip(lattice.tile_region(tile), origin, strict=True))
-        piece[(slice(None), *where)] += output
-    return piece.astype(np.float16)
+        rows, columns = lattice.along_plane(lattice.weights(tile))
+        output *= rows[:, None]
+        output *= columns
+        where = shift(lattice.tile_region(tile), tuple(p.start for p in piece))
+        blended[(slice(None), *where)] += output.reshape(N_OUTPUTS, *lattice.sides)
+    return blended.astype(np.float16)
 
 
 def compute_chunk(number: int, job: Job) -> dict[str, Any]:
     """Task: run the network on the tiles of one chunk and store the piece."""
-    lattice, working = job.lattice, job.working
-    chunk = tuple(int(i) for i in np.unravel_index(number, lattice.chunk_counts))
+    sheet, index = _find(job, number)
+    lattice, working = sheet.lattice, job.working(sheet.moment)
+    in_sheet, chunk = index[: len(sheet.frames)], index[len(sheet.frames) :]
+    frame = in_sheet if len(job.found.moments) == 1 else (sheet.moment, *in_sheet[1:])
     tiles = lattice.tiles_of(chunk)
-    seen = job.may_hold_cells([working.region_in_image(lattice.tile_region(tile)) for tile in tiles])
+    in_image = [working.region_in_image(lattice.tile_region(tile)) for tile in tiles]
+    seen = job.may_hold_cells([frame_region(frame, region) for region in in_image])
     wanted = list(itertools.compress(tiles, seen))
     if wanted:
-        network = load_network(job.model, job.device)
-        read = _reader(job, wanted)
-
-        def predict(batch: list[Index]) -> FloatArray:
-            inputs = np.zeros((len(batch), job.model.n_channels, lattice.tile, lattice.tile), np.float32)
-            is_mirrored = job.settings.flows.augment
-            for values, tile in zip(inputs, batch, strict=True):
-                shown = read(lattice.tile_region(tile))
-                values[: len(shown)] = _mirrored(shown, tile) if is_mirrored else shown
-            predicted = network.predict(inputs)[0]
-            if is_mirrored:
-                for output, tile in zip(predicted, batch, strict=True):
-                    output[:] = _mirrored(output, tile)
-                    # The flow along an axis that is turned round turns with it.
-                    output[[axis for axis, i in enumerate(tile) if i % 2]] *= -1
-            return predicted
-
-        batches = [wanted[start : start + network.batch] for start in range(0, len(wanted), network.batch)]
-        outputs: dict[Index, FloatArray] = {}
-        for batch, found in zip(batches, CORES.run(predict, batches), strict=True):
-            outputs.update(zip(batch, found, strict=True))
-        job.store.open("flows.zarr")[chunk] = process_block(outputs, lattice, chunk)
+        whole = lattice.piece_region(chunk)
+        piece = np.zeros((N_OUTPUTS, *lattice.piece_shape), np.float16)
+        for group in _groups(lattice, wanted):
+            part = _planes_of(lattice, whole, group)
+            outputs = _predict(job, sheet, frame, group)
+            piece[(slice(None), *shift(part, tuple(p.start for p in whole)))] = process_block(outputs, lattice, part)
+        job.store.open(sheet.name)[index] = piece
     return {"n_tiles": len(wanted), "n_skipped": len(tiles) - len(wanted), "peak": peak_memory()}
+
+
+def _find(job: Job, number: int) -> tuple[Sheet, Index]:
+    """The sheet that a chunk is in, and its index in the array."""
+    for sheet in job.sheets:
+        n_chunks = math.prod(sheet.chunk_counts)
+        if number < n_chunks:
+            return sheet, tuple(int(i) for i in np.unravel_index(number, sheet.chunk_counts))
+        number -= n_chunks
+    raise RuntimeError(f"there is no chunk {number} of the flows")
+
+
+def _planes_together(lattice: Lattice) -> int:
+    """Planes of a volume that are worked on together."""
+    return max(1, TILES_AT_ONCE // math.prod(lattice.along_plane(lattice.chunk_tiles)))
+
+
+def group_shape(lattice: Lattice) -> Index:
+    """Working pixels of the tiles that are worked on together, along each axis, at most."""
+    n = _planes_together(lattice)
+    return tuple(min(n, side) if axis == lattice.thin else side for axis, side in enumerate(lattice.piece_shape))
+
+
+def _groups(lattice: Lattice, tiles: list[Index]) -> Iterator[list[Index]]:
+    """Tiles that are worked on together: all of a picture; of a volume those of a few planes, to bound the memory."""
+    thin = lattice.thin
+    if thin is None:
+        yield tiles
+        return
+    n_together = _planes_together(lattice)
+    by_plane = sorted(tiles, key=lambda tile: tile[thin])
+    for _, group in itertools.groupby(by_plane, key=lambda tile: tile[thin] // n_together):
+        yield list(group)
+
+
+def _planes_of(lattice: Lattice, piece: Region, tiles: list[Index]) -> Region:
+    """The part of a piece between the first and last plane of some tiles."""
+    if lattice.thin is None:
+        return piece
+    planes = [tile[lattice.thin] for tile in tiles]
+    here = slice(min(planes), max(planes) + 1)
+    return tuple(here if axis == lattice.thin else p for axis, p in enumerate(piece))
+
+
+def _predict(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> dict[Index, FloatArray]:
+    """The network's output on some tiles."""
+    lattice, model = sheet.lattice, job.model
+    network = load_network(model, job.device)
+    read = _reader(job, sheet, frame, tiles)
+    is_mirrored = job.settings.flows.augment
+
+    def predict(batch: list[Index]) -> FloatArray:
+        inputs = np.zeros((len(batch), model.n_channels, lattice.tile, lattice.tile), np.float32)
+        for values, tile in zip(inputs, batch, strict=True):
+            shown = read(lattice.tile_region(tile)).reshape(-1, lattice.tile, lattice.tile)
+            values[: len(shown)] = _mirrored(shown, lattice.along_plane(tile)) if is_mirrored else shown
+        predicted = network.predict(inputs)[0]
+        if is_mirrored:
+            for output, tile in zip(predicted, batch, strict=True):
+                in_plane = lattice.along_plane(tile)
+                output[:] = _mirrored(output, in_plane)
+                # The flow along an axis that is turned round turns with it.
+                output[[axis for axis, i in enumerate(in_plane) if i % 2]] *= -1
+        return predicted
+
+    batches = [tiles[start : start + network.batch] for start in range(0, len(tiles), network.batch)]
+    outputs: dict[Index, FloatArray] = {}
+    for batch, found in zip(batches, CORES.run(predict, batches), strict=True):
+        outputs.update(zip(batch, found, strict=True))
+    return outputs
 
 
 def _mirrored(values: FloatArray, tile: Index) -> FloatArray:
@@ -104,15 +165,15 @@ def _mirrored(values: FloatArray, tile: Index) -> FloatArray:
     return np.flip(values, tuple(axis - len(tile) for axis, i in enumerate(tile) if i % 2))
 
 
-def _reader(job: Job, tiles: list[Index]) -> Callable[[Region], FloatArray]:
+def _reader(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> Callable[[Region], FloatArray]:
     """Gives the normalised pixels of some tiles of a chunk, read together where that is not too much: tiles
     overlap, and storage chunks are larger than tiles."""
-    lattice, working = job.lattice, job.working
-    shown = job.shown
+    lattice, working = sheet.lattice, job.working(sheet.moment)
+    shown = job.shown(sheet.moment)
     around = enclosing([lattice.tile_region(tile) for tile in tiles])
 
     def read(region: Region) -> FloatArray:
-        return read_tile(job.image, shown, working, region)
+        return read_tile(job.image, shown, working, frame, region)
 
     if len(shown) * math.prod(pixels_to_read(job.image, working, region_shape(around))) > PIXELS_AT_ONCE:
         return read
@@ -122,16 +183,11 @@ def _reader(job: Job, tiles: list[Index]) -> Callable[[Region], FloatArray]:
 
 def run(job: Job, executor: Executor, progress: Progress) -> dict[str, int]:
     """Compute the chunks that are missing; returns how many tiles were computed and skipped now."""
-    lattice = job.lattice
-    n = len(job.shape) + 1
-    ones = (1,) * len(lattice.chunk_counts)
-    job.store.create(
-        "flows.zarr",
-        (*lattice.chunk_counts, n, *lattice.piece_shape),
-        (*ones, n, *lattice.piece_shape),
-        "float16",
-    )
-    n_chunks = math.prod(lattice.chunk_counts)
+    n_chunks = 0
+    for sheet in job.sheets:
+        ones = (1,) * len(sheet.chunk_counts)
+        job.store.create(sheet.name, sheet.array_shape, (*ones, N_OUTPUTS, *sheet.lattice.piece_shape), "float16")
+        n_chunks += math.prod(sheet.chunk_counts)
     done = job.store.done("flows")
     progress.start("flows", n_chunks, len(done))
     totals = {"n_tiles": 0, "n_skipped": 0}

@@ -15,7 +15,7 @@ RANGE_IN_NOISE = 12.0
 RANGE_IN_CONTRAST = 0.005
 
 
-def foreground_map(statistics: FloatArray, contrast: float, reach: int = 1) -> npt.NDArray[np.bool_]:
+def foreground_map(statistics: FloatArray, contrast: float, reach: tuple[int, ...]) -> npt.NDArray[np.bool_]:
     """Cells of the map in or beside which something rises above the noise.
 
     A cell is empty if the smoothed values in it and around it span less than what noise alone
@@ -24,20 +24,20 @@ def foreground_map(statistics: FloatArray, contrast: float, reach: int = 1) -> n
 
     Parameters
     ----------
-    statistics : array of float32, shape (3, cells y, cells x)
+    statistics : array of float32, shape (3, *cells)
         From `survey.process_block`: smallest and largest smoothed value, and noise.
     contrast : float
         Difference of the percentiles: what spans less than 1/200 of it is invisible to the network.
-    reach : int
-        How many cells around a cell count with it.
+    reach : tuple of int
+        How many cells around a cell count with it, along each axis.
 
     Returns
     -------
-    is_foreground : array of bool, shape (cells y, cells x)
+    is_foreground : array of bool, shape (*cells)
     """
     from scipy.ndimage import maximum_filter, minimum_filter
 
-    size = 2 * reach + 1
+    size = tuple(2 * cells + 1 for cells in reach)
     span = maximum_filter(statistics[1], size, mode="nearest") - minimum_filter(statistics[0], size, mode="nearest")
     noise = float(np.percentile(statistics[2], 5))
     threshold = max(RANGE_IN_NOISE * NOISE_LEFT * noise, RANGE_IN_CONTRAST * contrast)

@@ -17,7 +17,8 @@ the image. Its halo is what it reads around that::
 
 The working grid is the image scaled so that cells have the diameter the network was trained for.
 Network tiles lie at fixed positions of it, the lattice. Neighbouring tiles overlap and are
-blended; a flows chunk is a fixed number of tiles along each axis::
+blended; a flows chunk is a fixed number of tiles along each axis. Of a volume the network sees planes along
+two axes: tiles are one pixel thick across them, and a chunk is thin::
 
     tile 0   |---------------|
     tile 1            |---------------|            stride < tile
@@ -35,6 +36,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +60,7 @@ __all__ = [
 Index = tuple[int, ...]
 Region = tuple[slice, ...]
 Positions = npt.NDArray[np.float64]
+Entry = TypeVar("Entry")
 
 MAX_WORKING_RATIO = 64.0
 
@@ -131,6 +134,12 @@ class BlockGrid:
         sizes = zip(self.shape, self.block, self.halo, strict=True)
         return tuple(min(s, b + 2 * h) for s, b, h in sizes)
 
+    @property
+    def n_slabs(self) -> int:
+        """Slabs: blocks that follow each other and share their index along all axes of single pixels and the next."""
+        frames = next((axis for axis, side in enumerate(self.block) if side > 1), len(self.block) - 1)
+        return math.prod(self.counts[: frames + 1])
+
     def at(self, index: Index, halo: Index | None = None) -> Block:
         """The block of this index, with another halo if one is given."""
         parts = list(zip(index, self.block, self.shape, halo or self.halo, strict=True))
@@ -180,8 +189,11 @@ class WorkingGrid:
     scale: tuple[float, ...]
 
     @classmethod
-    def for_diameter(cls, image_shape: Index, diameter: float, diam_mean: float) -> WorkingGrid:
-        """The grid on which cells of `diameter` image pixels have `diam_mean` working pixels."""
+    def for_diameter(
+        cls, image_shape: Index, diameter: float, diam_mean: float, anisotropy: float = 1.0
+    ) -> WorkingGrid:
+        """The grid on which cells of `diameter` image pixels have `diam_mean` working pixels; of a volume with planes
+        `anisotropy` pixels thick."""
         scale = diam_mean / diameter
         if not 1 / MAX_WORKING_RATIO <= scale <= MAX_WORKING_RATIO:
             low, high = diam_mean / MAX_WORKING_RATIO, diam_mean * MAX_WORKING_RATIO
@@ -189,7 +201,7 @@ class WorkingGrid:
                 f"diameter {diameter:g} px would scale the image by {scale:.3g} before the network sees it; "
                 f"give a diameter from {low:.2g} to {high:.0f} px."
             )
-        return cls(image_shape, (scale,) * len(image_shape))
+        return cls(image_shape, (*(scale * anisotropy,) * (len(image_shape) - 2), scale, scale))
 
     @property
     def shape(self) -> Index:
@@ -275,27 +287,55 @@ class Lattice:
     stride : int
         Distance between tiles; a multiple of the network's total pooling, so that all tiles see
         the same phase, and at least half a tile, so that at most two overlap along an axis.
+    thin : int, optional
+        Of a volume the axis across the planes that the network sees: a tile is one pixel thick along it.
     margin : int
-        How far the first tile starts before the grid, and the last ends at least after it.
+        How far the first tile starts before the grid, and the last ends at least after it. A grid that is smaller
+        than a tile lies in its middle, as in Cellpose.
     tiles_per_chunk : int
-        Tiles of a flows chunk along each axis.
+        Tiles of a flows chunk along each axis of the planes.
+    planes_per_chunk : int
+        Planes of a flows chunk.
     """
 
     shape: Index
     tile: int
     stride: int
+    thin: int | None = None
     margin: int = 8
     tiles_per_chunk: int = 4
+    planes_per_chunk: int = 16
+
+    def _per_axis(self, of_tiles: int, of_planes: int) -> Index:
+        """A number for every axis: one along the planes, another across them."""
+        return tuple(of_planes if axis == self.thin else of_tiles for axis in range(len(self.shape)))
+
+    @property
+    def sides(self) -> Index:
+        """Working pixels of a tile along each axis."""
+        return self._per_axis(self.tile, 1)
+
+    @property
+    def strides(self) -> Index:
+        """Distance of tiles along each axis."""
+        return self._per_axis(self.stride, 1)
+
+    @property
+    def margins(self) -> Index:
+        """How far the first tile starts before the grid along each axis."""
+        sides = zip(self.shape, self._per_axis(self.margin, 0), self.sides, strict=True)
+        return tuple(margin + max(0, side - n - 2 * margin) // 2 for n, margin, side in sides)
 
     @property
     def counts(self) -> Index:
         """Tiles along each axis."""
-        return tuple(max(0, -(-(n + 2 * self.margin - self.tile) // self.stride)) + 1 for n in self.shape)
+        parts = zip(self.shape, self.sides, self.strides, self._per_axis(self.margin, 0), strict=True)
+        return tuple(max(0, -(-(n + 2 * margin - side) // stride)) + 1 for n, side, stride, margin in parts)
 
     @property
     def chunk_tiles(self) -> Index:
         """Tiles of a chunk along each axis: fewer where the whole lattice has fewer."""
-        return tuple(min(self.tiles_per_chunk, n) for n in self.counts)
+        return tuple(map(min, self._per_axis(self.tiles_per_chunk, self.planes_per_chunk), self.counts))
 
     @property
     def chunk_counts(self) -> Index:
@@ -310,17 +350,22 @@ class Lattice:
     @property
     def piece_shape(self) -> Index:
         """Shape of what one chunk stores."""
-        return tuple((m - 1) * self.stride + self.tile for m in self.chunk_tiles)
+        parts = zip(self.chunk_tiles, self.strides, self.sides, strict=True)
+        return tuple((m - 1) * stride + side for m, stride, side in parts)
+
+    def along_plane(self, per_axis: Sequence[Entry]) -> tuple[Entry, ...]:
+        """Of what there is for every axis, without the axis across the planes."""
+        return tuple(entry for axis, entry in enumerate(per_axis) if axis != self.thin)
 
     def tile_region(self, index: Index) -> Region:
         """A tile in working pixels; may reach outside the grid."""
-        starts = [i * self.stride - self.margin for i in index]
-        return tuple(slice(start, start + self.tile) for start in starts)
+        parts = zip(index, self.strides, self.margins, self.sides, strict=True)
+        return tuple(slice(i * stride - margin, i * stride - margin + side) for i, stride, margin, side in parts)
 
     def piece_region(self, chunk: Index) -> Region:
         """What the piece of a chunk covers in working pixels; may reach outside the grid."""
-        starts = [c * m * self.stride - self.margin for c, m in zip(chunk, self.chunk_tiles, strict=True)]
-        return tuple(slice(start, start + n) for start, n in zip(starts, self.piece_shape, strict=True))
+        first = self.tile_region(tuple(c * m for c, m in zip(chunk, self.chunk_tiles, strict=True)))
+        return tuple(slice(p.start, p.start + n) for p, n in zip(first, self.piece_shape, strict=True))
 
     def tiles_of(self, chunk: Index) -> list[Index]:
         """Tiles of a chunk in raster order."""
@@ -334,10 +379,11 @@ class Lattice:
     def chunks_meeting(self, region: Region) -> list[Index]:
         """Chunks whose piece meets a region of the working grid, in raster order."""
         ranges = []
-        for part, m, n, size in zip(region, self.chunk_tiles, self.chunk_counts, self.piece_shape, strict=True):
-            step = m * self.stride
-            first = (part.start + self.margin - size) // step + 1
-            last = (part.stop - 1 + self.margin) // step
+        sizes = zip(self.chunk_tiles, self.strides, self.margins, self.chunk_counts, self.piece_shape, strict=True)
+        for part, (m, stride, margin, n, size) in zip(region, sizes, strict=True):
+            step = m * stride
+            first = (part.start + margin - size) // step + 1
+            last = (part.stop - 1 + margin) // step
             ranges.append(range(max(0, first), min(n - 1, last) + 1))
         return list(itertools.product(*ranges))
 
@@ -349,7 +395,10 @@ class Lattice:
         distance = np.abs(np.arange(self.tile) - (self.tile - 1) / 2)
         taper = 1 / (1 + np.exp((distance - (self.tile / 2 - 20)) / 7.5))
         shares = []
-        for i, count in zip(index, self.counts, strict=True):
+        for axis, (i, count) in enumerate(zip(index, self.counts, strict=True)):
+            if axis == self.thin:
+                shares.append(np.ones(1, np.float32))
+                continue
             total = taper.copy()
             shared = self.tile - self.stride
             if i > 0:

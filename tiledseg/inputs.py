@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from .config import SurveyConfig
 from .errors import ImageError, SettingsError
+from .frames import read_channel
 from .grid import Region
 from .images import Image, channel_index
-from .planes import read_plane
 
 __all__ = ["Input", "channels_of", "inputs_of", "inputs_text"]
 
@@ -44,12 +44,12 @@ class Input:
         """Its pixels in a region of a level: of the image's type if it is one channel, else float32."""
         if self.how in STAINS:
             return self._unmixed(image, level, region)
-        values = read_plane(image, level, region, self.channels[0])
+        values = read_channel(image, level, region, self.channels[0])
         if len(self.channels) == 1:
             return values
         combined = values.astype(np.float32)
         for channel in self.channels[1:]:
-            further = read_plane(image, level, region, channel)
+            further = read_channel(image, level, region, channel)
             if self.how == "max":
                 np.maximum(combined, further, out=combined, casting="unsafe")
             else:
@@ -60,13 +60,15 @@ class Input:
         """How much of a stain there is: 0 for none."""
         from skimage.color import rgb2hed
 
-        colours = np.stack([read_plane(image, level, region, channel) for channel in self.channels], axis=-1)
+        colours = np.stack([read_channel(image, level, region, channel) for channel in self.channels], axis=-1)
+        shape = colours.shape[:-1]
+        colours = colours.reshape(-1, shape[-1], len(COLOURS))
         unmixed = np.empty(colours.shape[:-1], np.float32)
         white = np.float32(np.iinfo(colours.dtype).max)
         for start in range(0, len(colours), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             unmixed[rows] = rgb2hed(colours[rows].astype(np.float32) / white)[..., STAINS[self.how]]
-        return unmixed
+        return unmixed.reshape(shape)
 
     def text(self, image: Image) -> str:
         """In words, with the names of the channels."""

@@ -5,14 +5,16 @@ Reads
 Writes
     ``<labels>/labels.zarr``: local labels of the padded block, only of objects that reach into the
     core; ``<labels>/objects/<block>``: how many objects the halo cut, whether the block was skipped,
-    then per object the first pixel it has in the core.
+    then per object the first pixel it has in the core. Where planes are stitched, labels are of the parts
+    of objects in one plane, and ``<labels>/links/<block>`` says which belong together.
 Parallel over
     Blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,12 @@ from .cluster import Executor, peak_memory
 from .config import MasksConfig
 from .cores import CORES
 from .dynamics import finish_masks, gather_pixels
+from .frames import frame_region, read_channels, refuse_missing
 from .gpu import idle_device
-from .grid import Block, Region, interpolate, samples_needed
+from .grid import Block, Index, Region, WorkingGrid, interpolate, overlap, region_shape, samples_needed, shift
 from .inputs import channels_of
-from .job import CELLPROB_FLOOR, Job
-from .planes import plane_axes, read_channels, refuse_missing
+from .job import CELLPROB_FLOOR, Job, has_size_limits
+from .links import link_planes
 from .progress import Progress
 from .segmenters import Segmenter, drop_small
 
@@ -36,32 +39,45 @@ FloatArray = npt.NDArray[np.float32]
 LabelArray = npt.NDArray[np.uint32]
 
 HALO_GROWTHS = (1, 2, 4)
+SMOOTHING_REACH = 4.0
+"""Standard deviations after which a Gaussian ends."""
+CHUNK = {2: 512, 3: 128}
+"""Side of a chunk of the stored labels, by the number of axes that objects extend along."""
 
 
-def read_flows(job: Job, region: Region) -> FloatArray:
-    """The blended network output on a region of the working grid.
+def read_flows(job: Job, frame: Index, region: Region) -> FloatArray:
+    """The blended network output on a region of the working grid, summed over the orientations of its planes.
 
     Parameters
     ----------
     job : Job
         The run.
+    frame : tuple of int
+        Which of the frames.
     region : tuple of slice
         In working pixels, inside the grid.
 
     Returns
     -------
     values : array of float32, shape (ndim + 1, *shape of region)
-        Unit flow per axis and cell logit.
+        Flow per axis, of unit length in a picture, and cell logit.
     """
-    flows, lattice = job.store.open("flows.zarr"), job.lattice
-    values = np.zeros((len(region) + 1, *(p.stop - p.start for p in region)), np.float32)
-    for chunk in lattice.chunks_meeting(region):
-        piece = lattice.piece_region(chunk)
-        shared = [(max(p.start, q.start), min(p.stop, q.stop)) for p, q in zip(region, piece, strict=True)]
-        here = tuple(slice(a - p.start, b - p.start) for (a, b), p in zip(shared, region, strict=True))
-        there = tuple(slice(a - q.start, b - q.start) for (a, b), q in zip(shared, piece, strict=True))
-        values[(slice(None), *here)] += flows[(*chunk, slice(None), *there)]
-    values[-1] += np.float32(CELLPROB_FLOOR)
+    moment = job.moment_of(frame)
+    values = np.zeros((len(region) + 1, *region_shape(region)), np.float32)
+    sheets = [sheet for sheet in job.sheets if sheet.moment == moment]
+    for sheet in sheets:
+        flows, lattice = job.store.open(sheet.name), sheet.lattice
+        in_sheet = tuple(min(i, n - 1) for i, n in zip(frame, sheet.frames, strict=True))
+        for chunk in lattice.chunks_meeting(region):
+            piece = lattice.piece_region(chunk)
+            shared = overlap(region, piece)
+            if shared is None:
+                continue
+            here, there = (shift(shared, tuple(p.start for p in of)) for of in (region, piece))
+            found = flows[(*in_sheet, *chunk, slice(None), *there)]
+            for target, source in zip((*sheet.planes, -1), found, strict=True):
+                values[target][here] += source
+    values[-1] += np.float32(CELLPROB_FLOOR * len(sheets))
     return values
 
 
@@ -71,7 +87,7 @@ def process_block(values: FloatArray, masks: MasksConfig, niter: int, device: st
     Parameters
     ----------
     values : array of float32, shape (ndim + 1, *spatial)
-        Unit flow per axis and cell logit, at the size the flows are followed at.
+        Flow per axis and cell logit, at the size the flows are followed at.
     masks : MasksConfig
         Thresholds.
     niter : int
@@ -88,72 +104,141 @@ def process_block(values: FloatArray, masks: MasksConfig, niter: int, device: st
     return gather_pixels(values[:-1], values[-1], cellprob_threshold=threshold, niter=niter, cores=CORES, device=device)
 
 
-def _values_of(job: Job, region: Region) -> tuple[FloatArray, list[npt.NDArray[np.int64]] | None]:
-    """Network output for a region of level 0 at the size the flows are followed at, and for each
+def _values_of(job: Job, frame: Index, region: Region) -> tuple[FloatArray, list[npt.NDArray[np.int64]] | None]:
+    """Network output for a region of a frame at the size the flows are followed at, and for each
     pixel of the region the one of the output that is nearest, None if they are the same."""
-    working = job.working
+    working, masks = job.working(job.moment_of(frame)), job.settings.masks
+    if masks.resample:
+        return _resampled(job, working, frame, region), None
     coordinates = [working.from_image(p.start, p.stop, axis) for axis, p in enumerate(region)]
-    if job.settings.masks.resample:
-        needed = tuple(samples_needed(c, n) for c, n in zip(coordinates, working.shape, strict=True))
-        positions = [(c, n, p.start) for c, n, p in zip(coordinates, working.shape, needed, strict=True)]
-        return np.ascontiguousarray(interpolate(read_flows(job, needed), positions)), None
     nearest = [
         np.clip(np.floor(c + 0.5).astype(np.int64), 0, n - 1) for c, n in zip(coordinates, working.shape, strict=True)
     ]
     needed = tuple(slice(int(i[0]), int(i[-1]) + 1) for i in nearest)
-    return read_flows(job, needed), [i - p.start for i, p in zip(nearest, needed, strict=True)]
+
+    def read(wide: Region) -> FloatArray:
+        return read_flows(job, frame, wide)
+
+    values = _smoothed(read, needed, working.shape, _smoothing(job))
+    if job.mask is not None:
+        places = [
+            np.floor(working.to_image(p.start, p.stop, axis) + 0.5).astype(np.int64) for axis, p in enumerate(needed)
+        ]
+        low = [max(0, int(at[0])) for at in places]
+        sides = zip(places, job.shape[len(frame) :], strict=True)
+        in_image = tuple(slice(a, min(n, int(at[-1]) + 1)) for a, (at, n) in zip(low, sides, strict=True))
+        wanted = job.mask.at(frame_region(frame, in_image)).reshape(region_shape(in_image))
+        index = (np.clip(at - a, 0, n - 1) for at, a, n in zip(places, low, wanted.shape, strict=True))
+        values[-1][~wanted[np.ix_(*index)]] = -np.inf
+    return values, [i - p.start for i, p in zip(nearest, needed, strict=True)]
 
 
-def _labels_of(job: Job, block: Block) -> tuple[LabelArray, Block, int]:
-    """Labels of a block with its halo, the block with the halo it took, and the objects that cut.
+def _resampled(job: Job, working: WorkingGrid, frame: Index, region: Region) -> FloatArray:
+    """Network output on the pixels of a region of level 0."""
+
+    def read(wide: Region) -> FloatArray:
+        coordinates = [working.from_image(p.start, p.stop, axis) for axis, p in enumerate(wide)]
+        needed = tuple(samples_needed(c, n) for c, n in zip(coordinates, working.shape, strict=True))
+        positions = [(c, n, p.start) for c, n, p in zip(coordinates, working.shape, needed, strict=True)]
+        return np.ascontiguousarray(interpolate(read_flows(job, frame, needed), positions))
+
+    values = _smoothed(read, region, working.image_shape, _smoothing(job))
+    for axis, scale in enumerate(working.scale):
+        if scale != working.scale[-1]:
+            # A step of one pixel of y and x is a smaller part of a thick plane.
+            values[axis] *= np.float32(working.scale[-1] / scale)
+    if job.mask is not None:
+        values[-1][~job.mask.at(frame_region(frame, region)).reshape(values.shape[1:])] = -np.inf
+    return values
+
+
+def _smoothing(job: Job) -> float:
+    """Standard deviation of what flows are smoothed with."""
+    return job.settings.masks.flow3d_smooth if len(job.extent.flows) == 3 else 0.0
+
+
+def _smoothed(read: Callable[[Region], FloatArray], region: Region, shape: Index, sigma: float) -> FloatArray:
+    """A region of the flows, smoothed by what lies around it: the same wherever the region ends."""
+    if not sigma:
+        return read(region)
+    from scipy.ndimage import gaussian_filter
+
+    reach = int(SMOOTHING_REACH * sigma + 0.5)
+    wide = tuple(slice(max(0, p.start - reach), min(n, p.stop + reach)) for p, n in zip(region, shape, strict=True))
+    values = read(wide)
+    for flow in values[:-1]:
+        flow[...] = gaussian_filter(flow, sigma, truncate=SMOOTHING_REACH)
+    return np.ascontiguousarray(values[(slice(None), *shift(region, tuple(p.start for p in wide)))])
+
+
+def _labels_of(job: Job, block: Block) -> tuple[LabelArray, int]:
+    """Labels of a block with its halo, and the objects that its halo cuts.
 
     Whether an object is cut is asked, and counted, before any is dropped: one that is cut off disagrees
     with the flow and would be dropped for that alone. With an automatic halo the block is then seen
     with a larger one; what is still cut is kept whatever its flow, for the stitcher to link.
     """
-    grid, masks = job.blocks, job.settings.masks
+    masks, is_flat, n = job.settings.masks, len(job.extent.flows) == 2, job.extent.n_flow_frames
+    frame = tuple(p.start for p in block.core[:n])
     for grown in _growing(job, block):
-        values, nearest = _values_of(job, grown.padded)
+        values, nearest = _values_of(job, frame, grown.padded[n:])
         with idle_device(job.device) as device:
-            gathered = process_block(values, masks, job.niter, device)
-        cut = _cut_by_halo(_at_pixels(gathered, nearest), grown, grid.shape)
+            gathered = process_block(values, masks, job.niter(job.moment_of(frame)), device)
+        cut = _cut_by_halo(_at_pixels(gathered, nearest), grown, job.shape, n)
         if not cut.size:
             break
-    # Without resampling objects are measured on the network's grid.
-    min_size = masks.min_size if nearest is None else round(masks.min_size * float(np.prod(job.working.scale)))
-    threshold = masks.flow_threshold
+    # Planes that are stitched may be parts of something large enough. Without resampling objects are measured on the
+    # network's grid.
+    min_size = 0 if job.extent.is_stitched else masks.min_size
+    if nearest is not None:
+        min_size = round(min_size * math.prod(job.working(job.moment_of(frame)).scale))
+    # There is no such check in 3D: Cellpose has none.
+    threshold = masks.flow_threshold if is_flat else 0.0
     with idle_device(job.device) as device:
         finished = finish_masks(
             gathered, values[:-1], flow_threshold=threshold, min_size=min_size, spared=cut, cores=CORES, device=device
         )
-    return _at_pixels(finished, nearest), grown, cut.size
+    return _inside(_at_pixels(finished, nearest), grown, block, n), cut.size
 
 
 def _growing(job: Job, block: Block) -> Iterator[Block]:
     """The block with its halo, then with larger ones if the halo is automatic."""
     grid = job.blocks
     for growth in HALO_GROWTHS if job.settings.masks.halo == "auto" else HALO_GROWTHS[:1]:
-        yield grid.at(block.index, tuple(h * growth for h in grid.halo))
+        grown = grid.at(block.index, tuple(h * growth for h in grid.halo))
+        n = job.extent.n_flow_frames
+        # Of planes that are stitched each is looked at by itself.
+        yield Block(block.index, (*block.core[:n], *grown.core[n:]), (*block.core[:n], *grown.padded[n:]))
 
 
-def _labels_by_function(job: Job, segmenter: Segmenter, block: Block) -> tuple[LabelArray, Block, int]:
+def _inside(labels: Any, grown: Block, block: Block, n_frames: int) -> Any:
+    """Labels of the grown block as far as the block itself reaches."""
+    inner = shift(block.padded[n_frames:], tuple(p.start for p in grown.padded[n_frames:]))
+    return labels[inner]
+
+
+def _labels_by_function(job: Job, segmenter: Segmenter, block: Block) -> tuple[LabelArray, int]:
     """As `_labels_of`, by a function of the pixels."""
-    image, shape = job.image, job.shape
+    image, n = job.image, job.extent.n_flow_frames
     for grown in _growing(job, block):
         if job.settings.survey.missing_chunks == "refuse":
             refuse_missing(image, 0, grown.padded, channels_of(job.inputs))
+        inner = region_shape(grown.padded[n:])
         if segmenter.takes_all_channels:
-            pixels = read_channels(image, grown.padded)
+            pixels = read_channels(image, grown.padded).reshape(-1, *inner)
         else:
-            pixels = job.inputs[0].read(image, 0, grown.padded)
+            pixels = job.inputs[0].read(image, 0, grown.padded).reshape(inner)
         if not image.is_shippable:
             pixels = pixels.copy()  # the function may write into it, and this may be the caller's own array
-        region = ", ".join(f"{a} {p.start}:{p.stop}" for a, p in zip(plane_axes(image), grown.padded, strict=True))
+        region = ", ".join(f"{a} {p.start}:{p.stop}" for a, p in zip(job.extent.axes, grown.padded, strict=True))
         labels = segmenter.label(pixels, f"block {block.index} ({region})", job.store)
-        if _cut_by_halo(labels, grown, shape).size == 0:
+        if job.mask is not None:
+            labels = np.where(job.mask.at(grown.padded).reshape(inner), labels, np.uint32(0))
+        if _cut_by_halo(labels, grown, job.shape, n).size == 0:
             break
-    labels = drop_small(labels, job.settings.masks.min_size)
-    return labels, grown, _cut_by_halo(labels, grown, shape).size
+    if not job.extent.is_stitched:
+        labels = drop_small(labels, job.settings.masks.min_size)
+    return _inside(labels, grown, block, n), _cut_by_halo(labels, grown, job.shape, n).size
 
 
 def _at_pixels(labels: Any, nearest: list[npt.NDArray[np.int64]] | None) -> Any:
@@ -161,47 +246,87 @@ def _at_pixels(labels: Any, nearest: list[npt.NDArray[np.int64]] | None) -> Any:
     return labels if nearest is None else labels[np.ix_(*nearest)]
 
 
-def _cut_by_halo(labels: Any, block: Block, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def _cut_by_halo(labels: Any, block: Block, shape: Index, n_frames: int) -> npt.NDArray[Any]:
     """Labels that reach both into the core and to an edge of the padded block inside the image."""
     edges = []
-    for axis, part in enumerate(block.padded):
+    for axis, (part, n) in enumerate(zip(block.padded[n_frames:], shape[n_frames:], strict=True)):
         if part.start > 0:
             edges.append(labels.take(0, axis=axis).ravel())
-        if part.stop < shape[axis]:
+        if part.stop < n:
             edges.append(labels.take(-1, axis=axis).ravel())
     is_at_edge = np.zeros(int(labels.max(initial=0)) + 1, np.bool_)
     for edge in edges:
         is_at_edge[edge] = True
     is_at_edge[0] = False
-    core = labels[block.core_in_padded]
+    core = labels[block.core_in_padded[n_frames:]]
     return np.unique(core[is_at_edge[core]])
+
+
+def _planes_of(block: Block, axis: int) -> Iterator[Block]:
+    """The planes of a block and its halo, one after the other."""
+    for z in range(block.padded[axis].start, block.padded[axis].stop):
+        here = slice(z, z + 1)
+        core, padded = ((*of[:axis], here, *of[axis + 1 :]) for of in (block.core, block.padded))
+        yield Block(block.index, core, padded)
+
+
+def _label(job: Job, block: Block) -> tuple[LabelArray, int]:
+    """Labels of a block with its halo, shape of its padded part, and how many objects are cut."""
+    segmenter = job.segmenter
+    labels, n_cut = _labels_of(job, block) if segmenter is None else _labels_by_function(job, segmenter, block)
+    return np.ascontiguousarray(labels).reshape(region_shape(block.padded)), n_cut
+
+
+def _label_planes(job: Job, block: Block) -> tuple[LabelArray, int]:
+    """The same of planes that are to be stitched, each with labels of its own."""
+    labels, total, n_cut = np.zeros(region_shape(block.padded), np.uint32), 0, 0
+    axis = job.extent.n_object_frames
+    for plane in _planes_of(block, axis):
+        if not any(job.may_hold_cells([plane.padded])):
+            continue
+        found, n_cut_here = _label(job, plane)
+        is_core = block.core[axis].start <= plane.core[axis].start < block.core[axis].stop
+        n_cut += n_cut_here if is_core else 0
+        numbered = np.where(found > 0, found + np.uint32(total), np.uint32(0))
+        labels[shift(plane.padded, tuple(p.start for p in block.padded))] = numbered
+        total += int(found.max(initial=0))
+    return labels, n_cut
 
 
 def label_block(number: int, job: Job) -> dict[str, Any]:
     """Task: label one block and keep what reaches into its core."""
-    grid = job.blocks
+    grid, masks = job.blocks, job.settings.masks
     block = grid.at(grid.index_of(number))
     if not any(job.may_hold_cells([block.padded])):
         job.store.save(f"{job.labels}/objects/{number}", np.array([0, 1], np.int64))
         return {"peak": peak_memory()}
-    segmenter = job.segmenter
-    labels, grown, n_cut = _labels_of(job, block) if segmenter is None else _labels_by_function(job, segmenter, block)
-    inner = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(block.padded, grown.padded, strict=True))
-    labels, first = _keep_core_objects(np.ascontiguousarray(labels[inner]), block, grid.shape)
+    links = np.zeros((0, 2), np.uint32)
+    if job.extent.is_stitched:
+        labels, n_cut = _label_planes(job, block)
+        volume = labels.reshape(labels.shape[job.extent.n_object_frames :])
+        links = link_planes(volume, float(masks.stitch_threshold or 0), masks.stitch_gap)
+    else:
+        labels, n_cut = _label(job, block)
+    labels, first, links = _keep_core_objects(labels, block, grid.shape, links)
     where = tuple(slice(0, n) for n in labels.shape)
     job.store.open(f"{job.labels}/labels.zarr")[(number, *where)] = labels
     job.store.save(f"{job.labels}/objects/{number}", np.concatenate([[n_cut, 0], first]))
-    if job.settings.masks.max_size:
+    if job.extent.is_stitched:
+        job.store.save(f"{job.labels}/links/{number}", links)
+    if has_size_limits(job):
         sizes = np.bincount(labels[block.core_in_padded].ravel(), minlength=first.size + 1)
         job.store.save(f"{job.labels}/sizes/{number}", sizes[1:])
     return {"peak": peak_memory()}
 
 
 def _keep_core_objects(
-    labels: LabelArray, block: Block, shape: tuple[int, ...]
-) -> tuple[LabelArray, npt.NDArray[np.int64]]:
-    """Labels 1..n of the objects with pixels in the core, in the order of their first pixel there,
-    and that pixel's position in the whole image in raster order."""
+    labels: LabelArray, block: Block, shape: Index, links: npt.NDArray[np.uint32]
+) -> tuple[LabelArray, npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
+    """Labels 1..n of the objects with pixels in the core, in the order of their first pixel there, and that pixel's
+    position in the whole image in raster order.
+
+    What is linked to one of them is kept as well, after them and with position -1. With them the links that are left.
+    """
     core = labels[block.core_in_padded]
     pixels = np.flatnonzero(core)
     first_of = np.full(int(labels.max()) + 1, -1, np.int64)
@@ -209,17 +334,20 @@ def _keep_core_objects(
     first_of[core.ravel()[pixels[::-1]]] = pixels[::-1]
     present = np.flatnonzero(first_of >= 0)
     order = present[np.argsort(first_of[present])]
+    links = links[(first_of[links] >= 0).any(axis=1)]
+    beside = np.setdiff1d(links, present)
     table = np.zeros(first_of.size, np.uint32)
-    table[order] = np.arange(1, order.size + 1, dtype=np.uint32)
+    table[np.concatenate([order, beside])] = np.arange(1, order.size + beside.size + 1, dtype=np.uint32)
     inside = np.unravel_index(first_of[order], core.shape)
-    position = tuple(i + p.start for i, p in zip(inside, block.core, strict=True))
-    return table[labels], np.ravel_multi_index(position, shape).astype(np.int64)
+    position = np.ravel_multi_index(tuple(i + p.start for i, p in zip(inside, block.core, strict=True)), shape)
+    return table[labels], np.concatenate([position, np.full(beside.size, -1)]).astype(np.int64), table[links]
 
 
 def run(job: Job, executor: Executor, progress: Progress) -> None:
     """Label the blocks that are missing."""
     grid = job.blocks
-    chunks = tuple(min(512, n) for n in grid.padded_shape)
+    side = CHUNK[len(job.extent.objects)]
+    chunks = tuple(min(side, n) for n in grid.padded_shape)
     job.store.create(
         f"{job.labels}/labels.zarr", (grid.n_blocks, *grid.padded_shape), (1, *chunks), "uint32", codec="zstd"
     )

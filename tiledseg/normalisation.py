@@ -11,6 +11,7 @@ and for the percentiles only those cells count in which something rises above th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,7 +62,7 @@ class Normalisation(Protocol):
         Parameters
         ----------
         coordinates : list of array of float64
-            Per axis, ascending coordinates in pixels of level 0.
+            Per axis of a region, ascending coordinates in pixels of level 0.
 
         Returns
         -------
@@ -98,7 +99,8 @@ class LocalRange:
     number : int
         Of the input.
     pitch : tuple of float
-        Distance of lattice points in pixels of level 0; the first lies half of it inside the image.
+        Distance of lattice points in pixels of level 0 along each axis of a region; the first lies half of it inside
+        the image. Along time it is 1: every time point has its own.
     """
 
     maps: Any
@@ -164,7 +166,10 @@ def sample_cells(values: FloatArray) -> FloatArray:
 
 
 def range_map(
-    samples: Any, number: int, noise: FloatArray, is_counted: npt.NDArray[np.bool_], whole: tuple[float, float]
+    samples: Callable[[int, int], FloatArray],
+    noise: FloatArray,
+    is_counted: npt.NDArray[np.bool_],
+    whole: tuple[float, float],
 ) -> FloatArray:
     """Low and difference at the points of the lattice.
 
@@ -175,10 +180,8 @@ def range_map(
 
     Parameters
     ----------
-    samples : array of float32, shape (inputs, cells y, cells x, n), in memory or on disk
-        From `sample_cells`; read in bands of 32 rows of cells.
-    number : int
-        Of the input.
+    samples : function from (int, int) to array of float32, shape (rows, cells x, n)
+        Those of `sample_cells` from one row of cells to another; asked for in bands of 32 rows.
     noise : array of float32, shape (cells y, cells x)
         Standard deviation of the noise in each cell.
     is_counted : array of bool, shape (cells y, cells x)
@@ -199,7 +202,7 @@ def range_map(
 
     found = np.concatenate(
         [
-            _rows_of_points(np.asarray(samples[number, start : start + BAND]), noise[start : start + BAND], counted)
+            _rows_of_points(samples(start, start + BAND), noise[start : start + BAND], counted)
             for start in range(0, len(is_counted), BAND)
             for counted in [is_counted[start : start + BAND]]
         ],

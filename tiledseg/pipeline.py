@@ -16,17 +16,18 @@ from typing import Any
 
 from . import flows, masks, publish, stitch, survey
 from .cluster import Crew, Executor, connect, crew_of, peak_memory, resolve_device
-from .config import Settings
+from .config import MasksConfig, Settings
 from .errors import OutputError, SettingsError
+from .frames import Extent, anisotropy_of, extent_of, label_shape
 from .grid import WorkingGrid
-from .images import Image, open_image
+from .images import Image, at_level, crop, open_image, parse_region
 from .inputs import Input, inputs_of, inputs_text
-from .job import Diameter, Job, Surveyed, halo_of
+from .job import Diameter, Job, Moment, Surveyed, block_of, grid_of, halo_of
+from .mask import Mask, open_mask
 from .networks.models import Model, find_model
 from .networks.runner import lacks_bfloat16, torch_threads_kept
 from .omezarr import labels_exist, level_array
 from .pictures import histogram
-from .planes import plane_axes, plane_shape
 from .preflight import Preflight
 from .progress import Listener, Progress
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
@@ -52,9 +53,13 @@ class Report:
     segmenter : str or None
         Name of the function that made the labels, None if a network did.
     diameter : Diameter or None
-        Used, and its spread; None if a function made the labels and only a halo was given.
+        Used, and its spread; of time points with one each the largest; None if a function made the labels and only a
+        halo was given.
     percentiles : tuple of (float, float) or None
-        Per input of the network the pixel values that became 0 and 1; None without one.
+        Per input of the network the pixel values that became 0 and 1; None without one, and with one for each time
+        point.
+    per_time : tuple of Moment
+        Diameter and percentiles of every time point, if each has its own.
     n_too_large : int
         Objects left out because they exceed ``max_size``.
     n_blocks, n_skipped_blocks : int
@@ -90,6 +95,7 @@ class Report:
     segmenter: str | None
     diameter: Diameter | None
     percentiles: tuple[tuple[float, float], ...] | None
+    per_time: tuple[Moment, ...]
     n_too_large: int
     n_blocks: int
     n_skipped_blocks: int
@@ -145,8 +151,7 @@ class Segmentation:
         if job.plan is not None:
             return dask.array.from_zarr(level_array(job.plan, 0))
         labels = job.store.open(f"{job.labels}/published")
-        shape = [n for n, axis in zip(job.image.shape, job.image.axes, strict=True) if axis != "c"]
-        return dask.array.from_array(labels.reshape(shape), chunks="auto", name=False)
+        return dask.array.from_array(labels, chunks="auto", name=False)
 
     @property
     def table(self) -> Any:
@@ -177,7 +182,8 @@ def segment(
     Parameters
     ----------
     image : path, zarr.Array, dask array or numpy array
-        OME-Zarr, Zarr or TIFF by path; axes ``yx``, also with c, and t and z of length 1.
+        OME-Zarr, Zarr or TIFF by path; axes ``yx`` or ``zyx``, also with c and t. Of a volume say how cells are sought:
+        ``do_3d=True``, or ``stitch_threshold``.
     output : path, optional
         OME-Zarr to hold the labels, as ``labels/<name>``. Default: the image itself if it is an
         OME-Zarr that can be written; for arrays, none: labels stay in memory.
@@ -238,7 +244,9 @@ def segment(
     >>> segment("slide.ome.zarr", segmenter=nuclei, diameter=30)  # doctest: +SKIP
     """
     chosen = Settings.of(**settings) if segmenter is None else segmenter_settings(settings)
-    opened, inputs, labeller = _open(image, axes, chosen, segmenter)
+    view = _view_of(image, axes, chosen)
+    opened, chosen = view.image, view.settings
+    inputs, labeller = _labeller_of(opened, chosen, segmenter)
     place = place_of(opened, output, scratch, chosen)
     _check_geometry(labeller, chosen, opened)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
@@ -250,7 +258,7 @@ def segment(
     ):
         if segmenter is None:
             device = executor.device(device)
-        job = Job(opened, inputs, chosen, labeller, device, store)
+        job = Job(opened, inputs, chosen, labeller, device, store, mask=view.mask)
         preflight = Preflight(opened, inputs, chosen, labeller, place, executor.crew, device)
         preflight.check(chosen.survey.diameter_px(opened.spacing_um()))
         run_id = reopen(job, place, restart)
@@ -259,10 +267,12 @@ def segment(
         if segmenter is None and device == "cpu" and chosen.flows.precision == "bfloat16" and lacks_bfloat16():
             logger.warning("this CPU does not compute in bfloat16: without --precision bfloat16 it is faster.")
         job = shippable(job, executor)
-        return _run(job, preflight, run_id, executor, told)
+        return _run(job, preflight, run_id, executor, told, view.pixel)
 
 
-def _run(job: Job, preflight: Preflight, run_id: str, executor: Executor, progress: Progress) -> Segmentation:
+def _run(
+    job: Job, preflight: Preflight, run_id: str, executor: Executor, progress: Progress, pixel: float
+) -> Segmentation:
     """The five stages, the first two for a network only."""
     place = preflight.place
     with torch_threads_kept(), _kernels(job, executor) as are_ready:
@@ -282,10 +292,13 @@ def _run(job: Job, preflight: Preflight, run_id: str, executor: Executor, progre
     progress.note_peak(peak_memory())
     progress.stop()
     found = job.surveyed
+    moments = () if found is None else found.moments
+    moments = tuple(dataclasses.replace(moment, diameter=moment.diameter.times(pixel)) for moment in moments)
     report = Report(
         segmenter=None if job.segmenter is None else job.segmenter.name,
-        diameter=job.diameter,
-        percentiles=None if found is None else found.percentiles,
+        diameter=None if job.diameter is None else job.diameter.times(pixel),
+        percentiles=moments[0].percentiles if len(moments) == 1 else None,
+        per_time=moments if len(moments) > 1 else (),
         n_nonfinite=0 if found is None else found.n_nonfinite,
         n_tiles=tiles["n_tiles"],
         n_skipped_tiles=tiles["n_skipped"],
@@ -302,24 +315,91 @@ def _run(job: Job, preflight: Preflight, run_id: str, executor: Executor, progre
     return Segmentation(report, path, place.table, job)
 
 
-def _open(
-    image: Any, axes: str | None, settings: Settings, segmenter: Callable[[Any], Any] | None = None
-) -> tuple[Image, tuple[Input, ...], Model | Segmenter]:
-    """The image, what is shown of it, and what finds the cells; a channel taken for want of a word is named."""
-    opened = open_image(image, axes=axes)
-    plane_axes(opened)
+@dataclass(frozen=True)
+class _View:
+    """What of an image is segmented.
+
+    Attributes
+    ----------
+    image : Image
+        The region and the level that were asked for.
+    settings : Settings
+        With sizes in pixels of that level.
+    mask : Mask or None
+    pixel : float
+        Width of a pixel of that level in pixels of the full-size image.
+    """
+
+    image: Image
+    settings: Settings
+    mask: Mask | None
+    pixel: float
+
+
+def _view_of(source: Any, axes: str | None, settings: Settings) -> _View:
+    """Open an image, as far as it is to be segmented."""
+    image, survey, masks = open_image(source, axes=axes), settings.survey, settings.masks
+    if survey.region is not None:
+        image = crop(image, parse_region(survey.region, image.axes))
+    scale = dict.fromkeys(image.spatial_axes, 1.0)
+    if survey.level:
+        levels = image.levels
+        image = at_level(image, survey.level)
+        scale = dict(zip(image.spatial_axes, levels[survey.level].scale, strict=True))
+    extent = extent_of(image, settings)
+    _check_volume(image, settings, extent)
+    given, pixel = survey.diameter_given(), scale["x"]
+    n_pixels = math.prod(scale[axis] for axis in extent.objects)
+    if given is not None and given[1] == "px":
+        survey = dataclasses.replace(survey, diameter=given[0] / pixel)
+    sizes = {name: round(getattr(masks, name) / n_pixels) for name in ("min_size", "max_size")}
+    if masks.max_size:
+        sizes["max_size"] = max(1, sizes["max_size"])
+    settings = dataclasses.replace(settings, survey=survey, masks=dataclasses.replace(masks, **sizes))
+    if survey.mask is None:
+        return _View(image, settings, None, pixel)
+    mask = open_mask(survey.mask, image)
+    settings = dataclasses.replace(settings, survey=dataclasses.replace(survey, mask=mask.pixels.name))
+    return _View(image, settings, mask, pixel)
+
+
+def _check_volume(image: Image, settings: Settings, extent: Extent) -> None:
+    """Refuse settings of volumes and time series that do nothing; say what is taken for granted."""
+    flows, masks, defaults = settings.flows, settings.masks, MasksConfig()
+    is_3d = len(extent.flows) == 3
+    if settings.survey.per_time and "t" not in image.axes:
+        raise SettingsError(f"per_time is for time series, and {image.name} has axes {image.axes!r}; leave it out.")
+    if not flows.do_3d and (flows.anisotropy != "auto" or masks.flow3d_smooth):
+        name = "anisotropy" if flows.anisotropy != "auto" else "flow3d_smooth"
+        raise SettingsError(f"{name} counts in 3D only; give do_3d (--do-3d) as well, or leave it out.")
+    if flows.do_3d and masks.flow_threshold != defaults.flow_threshold:
+        raise SettingsError("flow_threshold does not count in 3D, where shapes are not checked; leave it out.")
+    if (flows.do_3d or masks.stitch_threshold) and not extent.objects.startswith("z"):
+        logger.info("%s has a single plane: cells are sought in two dimensions.", image.name)
+    if is_3d and anisotropy_of(image, settings) is None:
+        logger.warning(
+            "%s does not say how thick its planes are: they are taken to be as thick as pixels are wide; "
+            "give --anisotropy.",
+            image.name,
+        )
+
+
+def _labeller_of(
+    image: Image, settings: Settings, segmenter: Callable[[Any], Any] | None = None
+) -> tuple[tuple[Input, ...], Model | Segmenter]:
+    """What is shown of the image, and what finds the cells; a channel taken for want of a word is named."""
     survey = settings.survey
     if segmenter is None:
         model = _model_of(settings)
-        inputs = inputs_of(opened, survey, model.n_inputs, f"model {model.name}")
-        _say_what_is_shown(opened, settings, inputs)
-        return opened, inputs, model
-    if survey.channel == ALL_CHANNELS and ALL_CHANNELS not in opened.channels:
-        every = tuple(Input((i,)) for i in range(opened.n_channels))
-        return opened, every, Segmenter.of(segmenter, takes_all_channels=True)
-    inputs = inputs_of(opened, survey, 1, "a segmenter")
-    _say_what_is_shown(opened, settings, inputs)
-    return opened, inputs, Segmenter.of(segmenter)
+        inputs = inputs_of(image, survey, model.n_inputs, f"model {model.name}")
+        _say_what_is_shown(image, settings, inputs)
+        return inputs, model
+    if survey.channel == ALL_CHANNELS and ALL_CHANNELS not in image.channels:
+        every = tuple(Input((i,)) for i in range(image.n_channels))
+        return every, Segmenter.of(segmenter, takes_all_channels=True)
+    inputs = inputs_of(image, survey, 1, "a segmenter")
+    _say_what_is_shown(image, settings, inputs)
+    return inputs, Segmenter.of(segmenter)
 
 
 def _say_what_is_shown(image: Image, settings: Settings, inputs: tuple[Input, ...]) -> None:
@@ -342,7 +422,7 @@ def _model_of(settings: Settings) -> Model:
 
 
 def _n_blocks(image: Image, settings: Settings) -> int:
-    return math.prod(-(-n // settings.masks.block) for n in plane_shape(image))
+    return grid_of(label_shape(image), settings, extent_of(image, settings), 0, 1.0).n_blocks
 
 
 def _check_geometry(
@@ -352,13 +432,15 @@ def _check_geometry(
     value = diameter or settings.survey.diameter_px(image.spacing_um())
     if value is None:
         return
-    shape, block = plane_shape(image), settings.masks.block
+    shape, extent = label_shape(image), extent_of(image, settings)
+    anisotropy = anisotropy_of(image, settings) or 1.0
     if isinstance(labeller, Model):
-        WorkingGrid.for_diameter(shape, value, labeller.diam_mean)
-    halo = halo_of(settings, value)
-    if block < halo and any(block < n for n in shape):
+        WorkingGrid.for_diameter(shape[extent.n_flow_frames :], value, labeller.diam_mean, anisotropy)
+    halo, block = halo_of(settings, value), block_of(settings, extent)
+    if block < halo and any(block < n for n, axis in zip(shape, extent.axes, strict=True) if axis in extent.objects):
+        times = "two" if halo == math.ceil(2 * value) else "three"
         raise SettingsError(
-            f"block {block} is smaller than the halo of {halo} px (two diameters of {value:g} px); "
+            f"block {block} is smaller than the halo of {halo} px ({times} diameters of {value:g} px); "
             f"give --block {halo} or more."
         )
 
@@ -375,7 +457,7 @@ def _kernels(job: Job, executor: Executor) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     with ThreadPoolExecutor(1, "tiledseg-kernels") as beside:
-        warming = beside.submit(warm_up)
+        warming = beside.submit(warm_up, len(job.extent.flows))
         if not executor.in_process:
             warming.result()
         yield warming.result
@@ -409,17 +491,22 @@ def estimate_diameter(
         As for `segment`; also if a picture is asked for and too few objects were found to draw one.
     """
     chosen = Settings.of(**settings)
-    opened, inputs, model = _open(image, axes, chosen)
+    if chosen.masks.stitch_threshold is None and not chosen.flows.do_3d:
+        # The diameter is measured plane by plane in any case.
+        chosen = dataclasses.replace(chosen, masks=dataclasses.replace(chosen.masks, stitch_threshold=0))
+    view = _view_of(image, axes, chosen)
+    opened, chosen = view.image, view.settings
+    inputs, model = _labeller_of(opened, chosen)
     with connect(small=True) as executor, torch_threads_kept():
         device = executor.device(chosen.flows.device)
-        job = Job(opened, inputs, chosen, model, device, MemoryStore())
-        found = survey.run(job, executor, Progress(progress)).diameter
+        job = Job(opened, inputs, chosen, model, device, MemoryStore(), mask=view.mask)
+        found = survey.run(job, executor, Progress(progress)).diameter.times(view.pixel)
         if picture is not None:
             if found.source != "estimated":
                 raise SettingsError(
                     f"there is no histogram to draw: the diameter is {found.source}, not estimated from objects."
                 )
-            histogram(job.store.load(survey.SIZES), Path(picture), found.value, found.quartiles)
+            histogram(job.store.load(survey.SIZES) * view.pixel, Path(picture), found.value, found.quartiles)
         return found
 
 
@@ -462,7 +549,9 @@ def preview(
         all that `preflight.Needs` tells; and ``refused``, why it cannot fit, None if it can.
     """
     chosen = Settings.of(**settings)
-    opened, inputs, model = _open(image, axes, chosen)
+    view = _view_of(image, axes, chosen)
+    opened, chosen = view.image, view.settings
+    inputs, model = _labeller_of(opened, chosen)
     place = place_of(opened, output, scratch, chosen)
     _check_geometry(model, chosen, opened)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)

@@ -23,18 +23,19 @@ from typing import Any
 from .cluster import Crew, n_cores
 from .config import Settings
 from .errors import OutputError, SettingsError
-from .flows import PIXELS_AT_ONCE
-from .grid import BlockGrid, Index, Lattice, WorkingGrid
+from .flows import PIXELS_AT_ONCE, group_shape
+from .frames import Extent, anisotropy_of, extent_of, label_axes, label_shape
+from .grid import BlockGrid, Index, WorkingGrid
 from .images import Image
 from .inputs import Input, channels_of
-from .job import halo_of
+from .job import N_OUTPUTS, Sheet, block_of, grid_of, halo_of, sheets_of
 from .networks.models import Model
-from .planes import plane_axes, plane_shape
 from .publish import REGION as PUBLISH_REGION
+from .publish import region_sides
 from .runs import Place
 from .segmenters import Segmenter
 from .stitch import merge_memory
-from .survey import REGION as SURVEY_REGION
+from .survey import region_to_survey
 from .working import pixels_to_read, source_level
 
 __all__ = ["Needs", "Preflight", "size_text"]
@@ -49,6 +50,8 @@ TASK_BYTES = 48 * MIB
 """Of any task beside its arrays: buffers of codecs, the heap's slack; up to 30 MiB."""
 SURVEY_PIXEL = 28
 """Per pixel of a region of the survey, besides the image's own; 19 to 21."""
+SURVEY_VOXEL = 12
+"""Per pixel of a region of several planes, of which one is measured at a time."""
 FLOWS_BYTES = 128 * MIB
 """Of the forward pass, and the tiles of a chunk; 74 MiB with the half-width network."""
 LOADING = 2.25
@@ -58,10 +61,17 @@ ATTENTION_BYTES = 192
 PATCH = 8
 FLOWS_PIXEL = 16
 """Per pixel of the level that tiles are read from, besides the image's own."""
-MASKS_PIXEL = 100
-"""Per pixel that flows are followed in, of a block with its halo; 58 to 66, 90 in small blocks."""
-MASKS_WORKING_PIXEL = 32
-"""Per pixel of the network's grid there; 23."""
+BLENDED_PIXEL = 32
+"""Per pixel of the planes of a volume that are blended together."""
+MASKS_PIXEL = {2: 100, 3: 100}
+"""Per pixel that flows are followed in, of a block with its halo, by the number of axes; in planes 58 to 66, 90 in
+small blocks."""
+MASKS_WORKING_PIXEL = {2: 32, 3: 40}
+"""Per pixel of the network's grid there; 23 in planes."""
+SMOOTHED_PIXEL = 24
+"""More of it if flows are smoothed."""
+STITCHED_PIXEL = 24
+"""Per pixel of a block of planes that are stitched."""
 FUNCTION_PIXEL = 24
 """Per pixel of a block with its halo for labels; what the function itself takes nobody knows."""
 STITCH_PIXEL = 160
@@ -189,20 +199,19 @@ class Preflight:
         """
         blocks, working = self._grids(diameter)
         shape = blocks.shape
-        n_objects = 0 if diameter is None else math.ceil(math.prod(shape) / diameter**2)
+        n_objects = 0 if diameter is None else math.ceil(math.prod(shape) / self._object_pixels(diameter))
         n_tiles, disk = 0, OBJECT_BYTES * n_objects
         if isinstance(self.labeller, Model):
             disk += len(self.inputs) * (min(SAMPLES_BYTES, 8 * math.prod(shape)) + math.prod(shape) // 200)
-            if working is not None:
-                lattice = Lattice(working.shape, self.labeller.tile, self.labeller.stride)
-                n_tiles = lattice.n_tiles
-                disk += 2 * (len(shape) + 1) * math.prod(lattice.chunk_counts) * math.prod(lattice.piece_shape)
+            for sheet in self._sheets(working):
+                n_tiles += sheet.lattice.n_tiles * math.prod(sheet.frames)
+                disk += 2 * math.prod(sheet.array_shape)
         labels = 4 * blocks.n_blocks * math.prod(blocks.padded_shape)
         on_disk = self.place.scratch is not None
         process = PROCESS_BYTES + (CUDA_BYTES if self.device == "cuda" else 0) + self._loading_bytes()
         return Needs(
             diameter=diameter,
-            halo=blocks.halo[0],
+            halo=blocks.halo[-1],
             n_blocks=blocks.n_blocks,
             n_tiles=n_tiles,
             working_shape=() if working is None else working.shape,
@@ -223,14 +232,35 @@ class Preflight:
             return 0
         return int(LOADING * self.labeller.path.stat().st_size)
 
+    @property
+    def _extent(self) -> Extent:
+        return extent_of(self.image, self.settings)
+
+    @property
+    def _anisotropy(self) -> float:
+        return anisotropy_of(self.image, self.settings) or 1.0
+
+    def _object_pixels(self, diameter: float) -> float:
+        """Pixels of an object that is counted, in an image full of them: where planes are stitched, of a plane."""
+        is_3d = len(self._extent.flows) == 3
+        return diameter**3 / self._anisotropy if is_3d else diameter**2
+
     def _grids(self, diameter: float | None) -> tuple[BlockGrid, WorkingGrid | None]:
         """The blocks, and the network's grid if there is one and it is known."""
-        shape, masks = plane_shape(self.image), self.settings.masks
+        shape, masks, extent = label_shape(self.image), self.settings.masks, self._extent
         halo = 0 if diameter is None and masks.halo == "auto" else halo_of(self.settings, diameter)
-        blocks = BlockGrid(shape, (masks.block,) * len(shape), (halo,) * len(shape))
+        blocks = grid_of(shape, self.settings, extent, halo, self._anisotropy)
         if diameter is None or isinstance(self.labeller, Segmenter):
             return blocks, None
-        return blocks, WorkingGrid.for_diameter(shape, diameter, self.labeller.diam_mean)
+        inner = shape[extent.n_flow_frames :]
+        return blocks, WorkingGrid.for_diameter(inner, diameter, self.labeller.diam_mean, self._anisotropy)
+
+    def _sheets(self, working: WorkingGrid | None) -> list[Sheet]:
+        """The flows, none if the network's grid is not known; all time points as one."""
+        if working is None or isinstance(self.labeller, Segmenter):
+            return []
+        shape = label_shape(self.image)
+        return sheets_of([working], self._extent, shape, self.labeller.tile, self.labeller.stride)
 
     def _output_bytes(self, n_objects: int) -> int:
         """Labels, pyramid and table on disk."""
@@ -242,25 +272,46 @@ class Preflight:
 
     def _tasks(self, blocks: BlockGrid, working: WorkingGrid | None, n_objects: int) -> Iterator[tuple[str, int]]:
         """The stages, and the most memory a task of each takes."""
-        image, masks = self.image, self.settings.masks
-        # With an automatic halo a block is seen with a larger one where a cell is cut: here with twice as much.
-        halo = blocks.halo[0] * (2 if masks.halo == "auto" else 1)
-        padded = tuple(min(n, b + 2 * halo) for n, b in zip(blocks.shape, blocks.block, strict=True))
-        n_pixels = math.prod(padded)
+        image, extent = self.image, self._extent
+        padded = self._largest_padded(blocks)
         if isinstance(self.labeller, Segmenter):
             n_channels = len(channels_of(self.inputs))
+            n_pixels = math.prod(padded)
             yield "masks", TASK_BYTES + FUNCTION_PIXEL * n_pixels + _reading(image, 0, padded, n_channels)
         else:
-            n_working = 0 if working is None else math.ceil(n_pixels * math.prod(working.scale))
-            n_followed = n_pixels if masks.resample else n_working
-            yield "survey", max(_survey_bytes(image, self.inputs, level) for level in range(len(image.levels)))
+            yield "survey", _survey_bytes(image, extent, self.inputs)
             if working is not None:
-                yield "flows", _network_bytes(self.labeller) + _tiles_bytes(image, self.inputs, self.labeller, working)
-            yield "masks", TASK_BYTES + MASKS_PIXEL * n_followed + MASKS_WORKING_PIXEL * n_working + 8 * n_pixels
+                tiles = [_tiles_bytes(image, self.inputs, sheet, working) for sheet in self._sheets(working)]
+                yield "flows", _network_bytes(self.labeller) + max(tiles)
+            yield "masks", TASK_BYTES + self._masks_bytes(padded, working)
         yield "stitch", TASK_BYTES + _stitch_bytes(blocks, n_objects, self.crew.n_threads)
-        region = tuple(min(n, PUBLISH_REGION) for n in blocks.shape)
+        plan, shape = self.place.plan, blocks.shape
+        chunks = plan.level_chunks(0) if plan is not None else (1,) * (len(shape) - 2) + (PUBLISH_REGION,) * 2
+        region = tuple(map(min, region_sides(chunks, shape), shape))
         per_pixel = PUBLISH_PIXEL + PUBLISH_CHANNEL_PIXEL * image.n_channels
         yield "publish", TASK_BYTES + per_pixel * math.prod(region) + _reading(image, 0, region, image.n_channels)
+
+    def _largest_padded(self, blocks: BlockGrid) -> Index:
+        """Sides of what a mask task works on at once: with an automatic halo a block is seen with a larger one where
+        a cell is cut, here with twice as much."""
+        n, times = self._extent.n_flow_frames, 2 if self.settings.masks.halo == "auto" else 1
+        sides = zip(blocks.shape, blocks.block, blocks.halo, strict=True)
+        grown = tuple(min(side, block + 2 * times * halo) for side, block, halo in sides)
+        return (*(1,) * n, *grown[n:])
+
+    def _masks_bytes(self, padded: Index, working: WorkingGrid | None) -> int:
+        """Memory from flows to labels."""
+        extent, masks = self._extent, self.settings.masks
+        n_pixels = math.prod(padded)
+        n_working = 0 if working is None else math.ceil(n_pixels * math.prod(working.scale))
+        n_followed = n_pixels if masks.resample else n_working
+        followed, on_grid = MASKS_PIXEL[len(extent.flows)], MASKS_WORKING_PIXEL[len(extent.flows)]
+        needed = followed * n_followed + on_grid * n_working + 8 * n_pixels
+        if masks.flow3d_smooth:
+            needed += SMOOTHED_PIXEL * n_followed
+        if extent.is_stitched:
+            needed += STITCHED_PIXEL * math.prod(self._grids(None)[0].padded_shape)
+        return needed
 
     def check(self, diameter: float | None) -> None:
         """Refuse a run that needs more memory or disk than there is.
@@ -290,7 +341,8 @@ class Preflight:
             self._check_disk(needs)
             return
         stage = needs.largest_task
-        where = f", block {self.settings.masks.block} with halo {needs.halo}" if stage == "masks" else ""
+        block = block_of(self.settings, self._extent)
+        where = f", block {block} with halo {needs.halo}" if stage == "masks" else ""
         raise SettingsError(
             f"{who} of {crew.n_threads} threads {what}, {limit} (stage {stage}{where}: "
             f"{size_text(needs.task_bytes[stage])} a thread); {self._advice(diameter)}."
@@ -305,8 +357,8 @@ class Preflight:
     def _advice(self, diameter: float | None) -> str:
         """What would make it fit: smaller blocks, fewer workers, smaller chunks of the image, or more memory."""
         options, masks = [], self.settings.masks
-        lowest = max(self.needs(diameter).halo, SMALLEST_BLOCK)
-        for block in (masks.block // 2**k for k in range(1, masks.block.bit_length())):
+        lowest, present = max(self.needs(diameter).halo, SMALLEST_BLOCK), block_of(self.settings, self._extent)
+        for block in (present // 2**k for k in range(1, present.bit_length())):
             smaller = dataclasses.replace(self.settings, masks=dataclasses.replace(masks, block=max(block, lowest)))
             if block >= lowest and dataclasses.replace(self, settings=smaller)._fits(diameter):
                 options.append(f"lower --block to {block}")
@@ -350,10 +402,11 @@ class Preflight:
                 )
 
 
-def _survey_bytes(image: Image, inputs: tuple[Input, ...], level: int) -> int:
-    """Memory to survey a region of a level, an input at a time."""
-    wide = tuple(min(n, SURVEY_REGION + 32) for n in plane_shape(image, level))
-    return TASK_BYTES + SURVEY_PIXEL * math.prod(wide) + _reading(image, level, wide, _most_channels(inputs))
+def _survey_bytes(image: Image, extent: Extent, inputs: tuple[Input, ...]) -> int:
+    """Memory to survey a region, an input at a time."""
+    level, sides = region_to_survey(image, extent)
+    read = SURVEY_PIXEL * math.prod(sides[-2:]) + (0 if math.prod(sides[:-2]) == 1 else SURVEY_VOXEL * math.prod(sides))
+    return TASK_BYTES + read + _reading(image, level, sides, _most_channels(inputs))
 
 
 def _most_channels(inputs: tuple[Input, ...]) -> int:
@@ -366,15 +419,19 @@ def _network_bytes(model: Model) -> int:
     return FLOWS_BYTES + (0 if model.architecture == "unet" else ATTENTION_BYTES * (model.tile // PATCH) ** 4)
 
 
-def _tiles_bytes(image: Image, inputs: tuple[Input, ...], model: Model, working: WorkingGrid) -> int:
-    """Memory to read the tiles of a chunk, at once or one by one, from the level just finer than the working grid."""
-    lattice = Lattice(working.shape, model.tile, model.stride)
-    sides = (pixels_to_read(image, working, of) for of in (lattice.piece_shape, (model.tile,) * len(working.shape)))
-    piece, tile = sides
-    n = len(inputs)
+def _tiles_bytes(image: Image, inputs: tuple[Input, ...], sheet: Sheet, working: WorkingGrid) -> int:
+    """Memory for the tiles of a chunk: to read them, together or one by one, from the level just finer than the
+    working grid; and of a volume for what comes of them."""
+    lattice = sheet.lattice
+    together = group_shape(lattice)
+    piece, tile = (pixels_to_read(image, working, of) for of in (together, lattice.sides))
+    n, level = len(inputs), source_level(image, working)
     read = piece if n * math.prod(piece) <= PIXELS_AT_ONCE else tile
-    level = source_level(image, working)
-    return n * FLOWS_PIXEL * math.prod(read) + _reading(image, level, read, _most_channels(inputs))
+    frames = (1,) * len(sheet.frames)
+    needed = n * FLOWS_PIXEL * math.prod(read) + _reading(image, level, (*frames, *read), _most_channels(inputs))
+    if lattice.thin is None:
+        return needed
+    return needed + 2 * N_OUTPUTS * math.prod(lattice.piece_shape) + BLENDED_PIXEL * math.prod(together)
 
 
 def _stitch_bytes(blocks: BlockGrid, n_objects: int, n_threads: int) -> int:
@@ -386,9 +443,9 @@ def _stitch_bytes(blocks: BlockGrid, n_objects: int, n_threads: int) -> int:
     n_shared = max(
         n_pixels // side * min(side, 2 * h) for side, h in zip(blocks.padded_shape, blocks.halo, strict=True)
     )
-    seams = sum((count - 1) / n for count, n in zip(blocks.counts, blocks.shape, strict=True))
-    share_of_twice_seen = min(1.0, seams * 2 * blocks.halo[0])
-    n_labels = math.ceil(n_objects * (1 + 2 * share_of_twice_seen) / blocks.counts[0])
+    seams = zip(blocks.counts, blocks.halo, blocks.shape, strict=True)
+    share_of_twice_seen = min(1.0, sum((count - 1) * 2 * halo / n for count, halo, n in seams))
+    n_labels = math.ceil(n_objects * (1 + 2 * share_of_twice_seen) / blocks.n_slabs)
     n_links = math.ceil(n_objects * 2 * share_of_twice_seen)
     merging = merge_memory(n_labels, n_links, blocks.n_blocks)
     return max(STITCH_PIXEL * n_shared if blocks.n_blocks > 1 else 0, math.ceil(merging / n_threads))
@@ -400,10 +457,11 @@ def _reading(image: Image, level: int, sides: Index, n_channels: int) -> int:
     if not image.is_shippable:
         return pixels
     stored = image.levels[level]
-    wanted = dict(zip(plane_axes(image), sides, strict=True)) | {"c": n_channels}
+    wanted = dict(zip(label_axes(image), sides, strict=True)) | {"c": n_channels}
     n_chunks = 1
     for axis, n, chunk in zip(image.axes, stored.shape, stored.chunks, strict=True):
-        n_chunks *= min(math.ceil(n / chunk), math.ceil((wanted.get(axis, 1) - 1) / chunk) + 1)
+        # A part of an image may begin within a chunk.
+        n_chunks *= min(math.ceil((n - 1) / chunk) + 1, math.ceil((wanted[axis] - 1) / chunk) + 1)
     decoded = image.dtype.itemsize * math.prod(stored.chunks)
     return pixels + CHUNK_COPIES * decoded * min(READ_AT_ONCE, n_chunks)
 

@@ -23,14 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
-from .grid import Region, overlap, shift
+from .frames import read_channels
+from .grid import Index, Region, overlap, region_shape, shift
 from .job import Job
 from .objects import measure_objects
 from .omezarr import finish_labels, level_array
-from .planes import read_channels
 from .progress import Progress
 
-__all__ = ["process_block", "run", "table_of"]
+__all__ = ["process_block", "region_sides", "run", "table_of"]
 
 REGION = 2048
 TABLE_BATCH = 2**18
@@ -71,32 +71,40 @@ def process_block(
     return measured
 
 
-def _regions(shape: tuple[int, ...], chunks: tuple[int, ...]) -> list[Region]:
-    """Regions of whole chunks, about 2048 pixels wide."""
-    sides = [max(1, REGION // c) * c for c in chunks]
+def region_sides(chunks: Index, shape: Index) -> Index:
+    """Sides of the regions: whole chunks, more of them from the last axis on while there are at most 2**22 pixels."""
+    sides = list(chunks)
+    for axis in reversed(range(len(sides))):
+        while sides[axis] < shape[axis] and sides[axis] < REGION and 2 * math.prod(sides) <= REGION**2:
+            sides[axis] *= 2
+    return tuple(sides)
+
+
+def _regions(shape: Index, chunks: Index) -> list[Region]:
+    """Regions of whole chunks."""
+    sides = region_sides(chunks, shape)
     starts = itertools.product(*(range(0, n, side) for n, side in zip(shape, sides, strict=True)))
     return [
         tuple(slice(a, min(a + side, n)) for a, side, n in zip(start, sides, shape, strict=True)) for start in starts
     ]
 
 
-def _level(job: Job, level: int) -> tuple[Any, tuple[int, ...], list[Region]]:
-    """The array of a level, the index of its plane, and its regions along the plane."""
-    n = len(job.shape)
+def _level(job: Job, level: int) -> tuple[Any, list[Region]]:
+    """The array of a level and its regions."""
     if job.plan is None:
         labels = job.store.open(f"{job.labels}/published")
-        return labels, (), _regions(labels.shape, labels.shape)
+        return labels, _regions(labels.shape, (*(1,) * (labels.ndim - 2), *(min(n, REGION) for n in labels.shape[-2:])))
     array = level_array(job.plan, level)
-    return array, (0,) * (array.ndim - n), _regions(array.shape[-n:], array.chunks[-n:])
+    return array, _regions(array.shape, array.chunks)
 
 
 def paint_region(position: int, job: Job) -> dict[str, Any]:
     """Task: write one region of level 0 and measure the objects in it."""
-    array, plane, regions = _level(job, 0)
+    array, regions = _level(job, 0)
     region = regions[position]
     local, ids = _region_labels(job, region)
     intensities = read_channels(job.image, region) if ids.size else np.zeros((job.image.n_channels, *local.shape))
-    array[(*plane, *region)] = np.concatenate([np.zeros(1, np.uint32), ids])[local]
+    array[region] = np.concatenate([np.zeros(1, np.uint32), ids])[local]
     origin = tuple(p.start for p in region)
     job.store.save(f"{job.labels}/measured/{position}", process_block(local, intensities, ids, origin))
     return {"peak": peak_memory()}
@@ -109,7 +117,7 @@ def _region_labels(job: Job, region: Region) -> tuple[npt.NDArray[np.int32], npt
     ids_of = [job.store.load(f"{job.labels}/ids/{number}") for _, number in touching]
     known = np.unique(np.concatenate(ids_of))
     known = known[known > 0]
-    labels = np.zeros(tuple(p.stop - p.start for p in region), np.int32)
+    labels = np.zeros(region_shape(region), np.int32)
     for (block, number), ids in zip(touching, ids_of, strict=True):
         shared = overlap(region, block.core)
         if shared is None or not ids.size:
@@ -122,15 +130,12 @@ def _region_labels(job: Job, region: Region) -> tuple[npt.NDArray[np.int32], npt
 
 def shrink_region(position: int, job: Job, level: int) -> dict[str, Any]:
     """Task: write one region of a pyramid level: every second pixel of the level below."""
-    array, plane, regions = _level(job, level)
-    finer, _, _ = _level(job, level - 1)
+    array, regions = _level(job, level)
+    finer, _ = _level(job, level - 1)
     region = regions[position]
-    n = len(region)
-    steps = [-(-a // b) for a, b in zip(finer.shape[-n:], array.shape[-n:], strict=True)]
-    wide = tuple(
-        slice(p.start * s, min(p.stop * s, m)) for p, s, m in zip(region, steps, finer.shape[-n:], strict=True)
-    )
-    array[(*plane, *region)] = finer[(*plane, *wide)][tuple(slice(None, None, s) for s in steps)]
+    steps = [-(-a // b) for a, b in zip(finer.shape, array.shape, strict=True)]
+    wide = tuple(slice(p.start * s, min(p.stop * s, m)) for p, s, m in zip(region, steps, finer.shape, strict=True))
+    array[region] = finer[wide][tuple(slice(None, None, s) for s in steps)]
     return {"peak": peak_memory()}
 
 
@@ -177,9 +182,10 @@ def table_of(job: Job) -> Any:
     Returns
     -------
     table : pyarrow.Table
-        ``label``; ``centroid_y``, ``centroid_x`` in pixels; the same with ``_um`` if the pixel size
-        is known; ``bbox_y_start`` ... ``bbox_x_stop`` (half open); ``area`` in pixels and
-        ``area_um2``; ``mean_<channel>`` per channel.
+        ``label``; ``t``, and ``z`` where planes stand alone, if the image has them; ``centroid_y``,
+        ``centroid_x`` in pixels, in volumes also of z; the same with ``_um`` if the pixel size is known;
+        ``bbox_y_start`` ... ``bbox_x_stop`` (half open); ``area`` in pixels and ``area_um2``, or ``volume``
+        in voxels and ``volume_um3``; ``mean_<channel>`` per channel.
     """
     import pyarrow
 
@@ -198,7 +204,7 @@ def _parts_by_id(job: Job) -> Iterator[Measured]:
     a batch meets few regions, and of those only its own rows are read.
     """
     folder = f"{job.labels}/measured"
-    spans = np.zeros((len(_level(job, 0)[2]), 2), np.int64)
+    spans = np.zeros((len(_level(job, 0)[1]), 2), np.int64)
     for i, span in enumerate(spans):
         parts = job.store.view(f"{folder}/{i}")
         if len(parts):
@@ -217,28 +223,32 @@ def _rows_of(job: Job, parts: Measured) -> Any:
     """The rows of the table for all objects of which there are parts, in order of their ids."""
     import pyarrow
 
-    n = len(job.shape)
+    n, n_frames, axes = len(job.shape), job.extent.n_object_frames, job.extent.axes
     parts = parts[np.argsort(parts[:, 0], kind="stable")]
     _, starts = np.unique(parts[:, 0], return_index=True)
     summed = np.add.reduceat(parts, starts) if starts.size else parts
     low, high = slice(2 + n, 2 + 2 * n), slice(2 + 2 * n, 2 + 3 * n)
-    area = summed[:, 1]
+    size = summed[:, 1]
     columns: dict[str, npt.NDArray[Any]] = {"label": parts[starts, 0].astype(np.uint32)}
-    axes, spacing = job.image.spatial_axes[-n:], job.image.spacing_um()
-    centroids = summed[:, 2 : 2 + n] / np.maximum(area, 1)[:, None]
-    for i, axis in enumerate(axes):
+    box_low = (np.minimum.reduceat(parts[:, low], starts) if starts.size else parts[:, low]).astype(np.int64)
+    box_high = (np.maximum.reduceat(parts[:, high], starts) if starts.size else parts[:, high]).astype(np.int64)
+    for i, axis in enumerate(axes[:n_frames]):
+        columns[axis] = box_low[:, i]
+    centroids = summed[:, 2 : 2 + n] / np.maximum(size, 1)[:, None]
+    inner = list(enumerate(axes))[n_frames:]
+    for i, axis in inner:
         columns[f"centroid_{axis}"] = centroids[:, i]
-    if spacing is not None:
-        for i, axis in enumerate(axes):
-            columns[f"centroid_{axis}_um"] = centroids[:, i] * spacing[-n:][i]
-    box_low = np.minimum.reduceat(parts[:, low], starts) if starts.size else parts[:, low]
-    box_high = np.maximum.reduceat(parts[:, high], starts) if starts.size else parts[:, high]
-    for i, axis in enumerate(axes):
-        columns[f"bbox_{axis}_start"] = box_low[:, i].astype(np.int64)
-        columns[f"bbox_{axis}_stop"] = box_high[:, i].astype(np.int64)
-    columns["area"] = area.astype(np.int64)
-    if spacing is not None:
-        columns["area_um2"] = area * math.prod(spacing[-n:])
+    spacing = dict(zip(job.image.spatial_axes, job.image.spacing_um() or (), strict=False))
+    if spacing:
+        for i, axis in inner:
+            columns[f"centroid_{axis}_um"] = centroids[:, i] * spacing[axis]
+    for i, axis in inner:
+        columns[f"bbox_{axis}_start"] = box_low[:, i]
+        columns[f"bbox_{axis}_stop"] = box_high[:, i]
+    name, power = ("area", "um2") if len(inner) == 2 else ("volume", "um3")
+    columns[name] = size.astype(np.int64)
+    if spacing:
+        columns[f"{name}_{power}"] = size * math.prod(spacing[axis] for _, axis in inner)
     for i, channel in enumerate(job.image.channels):
         total, count = summed[:, 2 + 3 * n + 2 * i], summed[:, 3 + 3 * n + 2 * i]
         # Rounded to float32: the last bits of a sum of floats depend on how objects were cut.
@@ -249,7 +259,7 @@ def _rows_of(job: Job, parts: Measured) -> Any:
 def run(job: Job, executor: Executor, progress: Progress) -> None:
     """Write what is missing of the labels, the pyramid, the table and the metadata."""
     n_levels = 1 if job.plan is None else job.plan.n_levels
-    counts = [len(_level(job, level)[2]) for level in range(n_levels)]
+    counts = [len(_level(job, level)[1]) for level in range(n_levels)]
     stages = [f"{job.labels}/publish-{level}" for level in range(n_levels)]
     done = [job.store.done(stage) for stage in stages]
     progress.start("publish", sum(counts), sum(map(len, done)))

@@ -27,10 +27,10 @@ import numpy as np
 from .cluster import Executor
 from .config import Settings, digest
 from .errors import OutputError, SettingsError
+from .frames import image_region, label_axes, label_shape
 from .images import Image, MemorySource, open_image
 from .job import Job
 from .omezarr import LabelsPlan, create_labels, labels_exist, plan_labels, remove_labels
-from .planes import plane_region, plane_shape
 from .segmenters import APPLICABLE
 from .store import DiskStore, MemoryStore, Store
 
@@ -38,14 +38,28 @@ __all__ = ["Place", "fingerprint", "is_shippable", "labels_folder", "place_of", 
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Of the scratch; another number means that what is there cannot be continued."""
 
 LARGE_ARRAY = 2**28
+SMALL_IMAGE = 2**20
+"""Pixels that are read before a run to know an image by."""
 LABELS_RECORD = "masks.json"
-MAY_CHANGE = {"block", "halo", "flow_threshold", "cellprob_threshold", "min_size", "max_size", "niter", "resample"}
+MAY_CHANGE = {
+    "block",
+    "halo",
+    "flow_threshold",
+    "cellprob_threshold",
+    "min_size",
+    "max_size",
+    "niter",
+    "resample",
+    "stitch_threshold",
+    "stitch_gap",
+    "flow3d_smooth",
+}
 NO_MATTER = {"device", "missing_chunks", "ome_zarr"}
-MATTERS_TO_A_FUNCTION = {"channel", "combine", "stain", "name"}
+MATTERS_TO_A_FUNCTION = {"channel", "combine", "stain", "name", "do_3d", "anisotropy", "region", "level", "mask"}
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,8 @@ def _described(job: Job, plan: LabelsPlan | None) -> dict[str, Any]:
     else:
         made_by = {"segmenter": f"{job.segmenter.name} {job.segmenter.identity}", "model file": None, "device": None}
         settings = {k: v if k in MATTERS_TO_A_FUNCTION else None for k, v in settings.items()}
+    if job.mask is not None:
+        settings["mask"] = fingerprint(job.mask.pixels)
     described = {
         "format": FORMAT,
         "image": fingerprint(job.image),
@@ -168,7 +184,8 @@ def labels_folder(job: Job, place: Place, run_id: str) -> str:
     """The folder of the scratch for these mask settings; what others left, and published, goes."""
     may_change = MAY_CHANGE if job.segmenter is None else MAY_CHANGE & APPLICABLE
     kept = {k: v for k, v in job.settings.flat().items() if k in may_change}
-    niter = None if job.segmenter is not None else job.niter
+    n_moments = 0 if job.segmenter is not None else len(job.found.moments)
+    niter = [job.niter(moment) for moment in range(n_moments)]
     resolved = digest(kept, job.halo, niter, None if place.plan is None else str(place.plan.path))
     folder = f"masks-{resolved}"
     plan = place.plan
@@ -189,20 +206,27 @@ def labels_folder(job: Job, place: Place, run_id: str) -> str:
 
 
 def fingerprint(image: Image) -> str:
-    """Hash of an image's shape, type and levels, and of the pixels in 16 small windows of it."""
-    shape = plane_shape(image)
+    """Hash of an image's shape, type and levels, and of its pixels; of a large one those in some small windows."""
+    axes, shape = label_axes(image), label_shape(image)
     parts = [
         image.axes,
         image.shape,
+        image.position,
+        image.full_shape,
         str(image.dtype),
         [level.shape for level in image.levels],
         image.channels,
     ]
     content = hashlib.sha256()
-    for at in itertools.product(range(4), repeat=len(shape)):
-        starts = [int((i + 0.5) * n / 4) for i, n in zip(at, shape, strict=True)]
-        window = tuple(slice(s, min(s + 64, n)) for s, n in zip(starts, shape, strict=True))
-        content.update(np.ascontiguousarray(image.read(0, plane_region(image, window, None))).tobytes())
+    # Of a large picture 16 windows, of every further axis two planes.
+    counts = [4 if axis in "yx" else 2 for axis in axes]
+    sides = [64 if axis in "yx" else 1 for axis in axes]
+    if math.prod(image.shape) <= SMALL_IMAGE:
+        counts, sides = [1] * len(axes), list(shape)
+    for at in itertools.product(*map(range, counts)):
+        starts = [int((i + 0.5) * n / count) if count > 1 else 0 for i, n, count in zip(at, shape, counts, strict=True)]
+        window = tuple(slice(s, min(s + side, n)) for s, side, n in zip(starts, sides, shape, strict=True))
+        content.update(np.ascontiguousarray(image.read(0, image_region(image, window, None))).tobytes())
     return digest(parts, content.hexdigest())
 
 
@@ -216,22 +240,35 @@ def shippable(job: Job, executor: Executor) -> Job:
         raise SettingsError("to segment an array on a cluster, say where the labels go: output=...")
     if job.segmenter is not None:
         job = dataclasses.replace(job, labeller=job.segmenter.pack(store))
+    mask = job.mask
+    if mask is not None and not is_shippable(mask.pixels):
+        job = dataclasses.replace(job, mask=dataclasses.replace(mask, pixels=_stored(mask.pixels, store, "mask")))
     if is_shippable(image):
         return job
+    # Zarr does not store chunks that are all zero: here they are known not to be lost.
+    survey = dataclasses.replace(job.settings.survey, missing_chunks="fill")
+    settings = dataclasses.replace(job.settings, survey=survey)
+    return dataclasses.replace(job, image=_stored(image, store, "image"), settings=settings)
+
+
+def _stored(image: Image, store: DiskStore, name: str) -> Image:
+    """An image of this process that others can open: its level 0 in the scratch."""
     chunks = tuple(min(n, 1024) if axis in "yx" else 1 for n, axis in zip(image.shape, image.axes, strict=True))
-    store.create("image.zarr", image.shape, chunks, str(image.dtype))
-    copy = store.open("image.zarr")
-    done = store.done("image")
+    store.create(f"{name}.zarr", image.shape, chunks, str(image.dtype))
+    copy = store.open(f"{name}.zarr")
+    done = store.done(name)
     starts = list(itertools.product(*(range(0, n, c) for n, c in zip(image.shape, chunks, strict=True))))
     for i, start in enumerate(starts):
         if i not in done:
             region = tuple(slice(a, min(a + c, n)) for a, c, n in zip(start, chunks, image.shape, strict=True))
             copy[region] = image.read(0, region)
-            store.mark("image", [i])
-    stored = open_image(store.path / "image.zarr", axes=image.axes)
-    stored = dataclasses.replace(
-        stored, name=image.name, spacing=image.spacing, units=image.units, channels=image.channels
+            store.mark(name, [i])
+    stored = open_image(store.path / f"{name}.zarr", axes=image.axes, allow_bool=True)
+    return dataclasses.replace(
+        stored,
+        name=image.name,
+        spacing=image.spacing,
+        units=image.units,
+        translation=image.translation,
+        channels=image.channels,
     )
-    # Zarr does not store chunks that are all zero: here they are known not to be lost.
-    survey = dataclasses.replace(job.settings.survey, missing_chunks="fill")
-    return dataclasses.replace(job, image=stored, settings=dataclasses.replace(job.settings, survey=survey))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from .errors import SettingsError
 
-__all__ = ["MAX_LABEL", "Numbering", "agreement", "link", "match_seam", "node_index", "number"]
+__all__ = ["MAX_LABEL", "Numbering", "agreement", "link", "match_seam", "node_index", "number", "overlap_ious"]
 
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.float64]
@@ -60,7 +60,7 @@ def match_seam(low: Pairs, high: Pairs, min_iou: float) -> tuple[Pairs, FloatArr
     """
     if not 0 < min_iou <= 1:
         raise SettingsError(f"min_iou is {min_iou}; the overlap needed to link two labels lies in (0, 1].")
-    pairs, ious = _overlap_ious(low, high)
+    pairs, ious = overlap_ious(low, high)
     pairs, ious = pairs[ious >= min_iou], ious[ious >= min_iou]
     is_mutual = _is_best(pairs[:, 0], pairs[:, 1], ious) & _is_best(pairs[:, 1], pairs[:, 0], ious)
     return pairs[is_mutual], ious[is_mutual]
@@ -74,8 +74,26 @@ def _is_best(labels: Pairs, partners: Pairs, ious: FloatArray) -> npt.NDArray[np
     return is_best
 
 
-def _overlap_ious(low: Pairs, high: Pairs) -> tuple[Pairs, FloatArray]:
-    """All pairs of labels that share a pixel, ascending, and the IoU of each."""
+def overlap_ious(low: Pairs, high: Pairs) -> tuple[Pairs, FloatArray]:
+    """All pairs of labels that share a pixel, and how well they do.
+
+    Parameters
+    ----------
+    low, high : array of uint32, one shape
+        Labels of the same pixels, 0 background.
+
+    Returns
+    -------
+    pairs : array of uint32, shape (n_pairs, 2)
+        Ascending.
+    ious : array of float64, shape (n_pairs,)
+        Intersection over union.
+
+    Raises
+    ------
+    SettingsError
+        If the shapes differ.
+    """
     if low.shape != high.shape:
         raise SettingsError(
             f"labels of shapes {low.shape} and {high.shape} cannot be compared; "
@@ -249,8 +267,8 @@ def number(first_pixels: Nodes, roots: Nodes, n_before: int = 0, max_label: int 
 class Numbering:
     """Ids handed out slab after slab, the same as :func:`number` gives for all nodes at once.
 
-    A slab is the blocks that share their index along the first axis. In raster order of pixels the
-    slabs follow each other, so an object's id is known with the first slab that it paints in, and
+    A slab is the blocks that share their index along the first axis that they divide, of one frame. In raster
+    order of pixels the slabs follow each other, so an object's id is known with the first slab that it paints in, and
     only ids of linked objects need to be kept for the slabs to come.
 
     Parameters

@@ -1,15 +1,15 @@
 """Stage 4: one identity for what several blocks saw.
 
 Reads
-    ``<labels>/labels.zarr`` where padded blocks overlap; ``<labels>/objects``; ``<labels>/sizes`` if
-    objects can be too large.
+    ``<labels>/labels.zarr`` where padded blocks overlap; ``<labels>/objects``; ``<labels>/links`` if planes
+    are stitched; ``<labels>/sizes`` if objects can be too large, or too small once they are put together.
 Writes
     ``<labels>/pairs/<block>``: labels of a block and of a later neighbour that are one object, and
     ``<labels>/agreement/<block>``: how well it agreed with its later neighbours;
     ``<labels>/ids/<block>``: the global id of every local label; ``<labels>/stitch.json``.
 Parallel over
     Blocks, then one merge. Its time grows with the number of objects, its memory with the links and
-    with the labels in one slab of blocks (those that share their index along the first axis), not
+    with the labels in one slab of blocks (those of a frame that share their index along the first axis), not
     with the image or the number of objects; see `merge_memory`.
 """
 
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
 from .grid import BlockGrid, Region, overlap, shift
-from .job import Job
+from .job import Job, has_size_limits
 from .progress import Progress
 from .seams import Numbering, agreement, link, match_seam, node_index
 from .store import Store
@@ -30,6 +30,8 @@ from .store import Store
 __all__ = ["match_block", "merge", "merge_blocks", "merge_memory", "process_block", "run"]
 
 MIN_IOU = 0.5
+MAX_SIZE = 2**62
+"""Pixels that no object has."""
 
 BYTES_PER_LINK = 100
 BYTES_PER_LABEL = 80
@@ -75,6 +77,9 @@ def match_block(position: int, job: Job) -> dict[str, Any]:
     block = grid.at(grid.index_of(position))
     is_empty = _is_empty(job, position)
     found, counts = [np.zeros((0, 3), np.int64)], np.zeros(5)
+    if job.extent.is_stitched and not is_empty:
+        links = job.store.load(f"{job.labels}/links/{position}").astype(np.int64)
+        found.append(np.insert(links, 1, position, axis=1))
     for index in grid.later_neighbours(block.index):
         other, number = grid.at(index), grid.number(index)
         shared = overlap(block.padded, other.padded)
@@ -108,11 +113,14 @@ def _cores(shared: Region, low: Region, high: Region) -> tuple[Region, Region]:
 
 def merge(_: int, job: Job) -> dict[str, Any]:
     """Task: link all pairs and number the objects; done again from the start if it was interrupted."""
-    facts = merge_blocks(job.store, job.labels, job.blocks, job.settings.masks.max_size)
+    masks = job.settings.masks
+    min_size = masks.min_size if job.extent.is_stitched else 0
+    limits = (min_size, masks.max_size or MAX_SIZE) if has_size_limits(job) else None
+    facts = merge_blocks(job.store, job.labels, job.blocks, limits)
     return {"facts": facts, "peak": peak_memory()}
 
 
-def merge_blocks(store: Store, folder: str, grid: BlockGrid, max_size: int = 0) -> dict[str, Any]:
+def merge_blocks(store: Store, folder: str, grid: BlockGrid, limits: tuple[int, int] | None = None) -> dict[str, Any]:
     """Link the pairs of all blocks and number the objects slab by slab.
 
     Parameters
@@ -123,8 +131,8 @@ def merge_blocks(store: Store, folder: str, grid: BlockGrid, max_size: int = 0) 
         Folder of it that holds ``objects``, ``pairs`` and ``agreement`` of every block, and gets ``ids``.
     grid : BlockGrid
         The blocks.
-    max_size : int
-        Objects of more pixels get no number; 0 keeps all. The pixels of each are in the folder's ``sizes`` then.
+    limits : (int, int), optional
+        Objects of fewer or more pixels get no number. The pixels of each are in the folder's ``sizes`` then.
 
     Returns
     -------
@@ -137,14 +145,14 @@ def merge_blocks(store: Store, folder: str, grid: BlockGrid, max_size: int = 0) 
     links, counts = _links(store, folder, offsets)
     linked, objects = link(links, int(offsets[-1]))
     del links
-    limit = _SizeLimit(store, folder, offsets, (linked, objects), max_size) if max_size else None
+    limit = None if limits is None else _SizeLimits(store, folder, offsets, (linked, objects), limits)
     numbering = Numbering(linked, objects)
-    per_slab = n_blocks // grid.counts[0]
+    per_slab = n_blocks // grid.n_slabs
     for start in range(0, n_blocks, per_slab):
         slab = range(start, start + per_slab)
         first = np.concatenate([store.load(f"{folder}/objects/{position}")[2:] for position in slab])
         if limit is not None:
-            first[limit.is_exceeded_by(slab)] = -1
+            first[limit.exclude(slab)] = -1
         ids = numbering.take(first)
         for position in slab:
             here = offsets[position : position + 2] - offsets[start]
@@ -152,7 +160,7 @@ def merge_blocks(store: Store, folder: str, grid: BlockGrid, max_size: int = 0) 
     n_pairs, n_exact, sum_iou, n_seam, n_seam_linked = counts.tolist()
     return {
         "n_objects": numbering.n_objects,
-        "n_too_large": 0 if limit is None else limit.n_exceeding,
+        "n_too_large": 0 if limit is None else limit.n_too_large,
         "n_cut_by_halo": n_cut,
         "n_blocks": n_blocks,
         "n_skipped_blocks": n_skipped,
@@ -164,35 +172,40 @@ def merge_blocks(store: Store, folder: str, grid: BlockGrid, max_size: int = 0) 
     }
 
 
-class _SizeLimit:
-    """Which objects are too large: pixels of their parts in all blocks count together.
+class _SizeLimits:
+    """Which objects are too large or too small: pixels of their parts in all blocks count together.
 
     Memory grows with the links, not with the objects.
     """
 
     def __init__(
-        self, store: Store, folder: str, offsets: Pairs, links: tuple[Pairs, npt.NDArray[np.int32]], max_size: int
+        self,
+        store: Store,
+        folder: str,
+        offsets: Pairs,
+        links: tuple[Pairs, npt.NDArray[np.int32]],
+        limits: tuple[int, int],
     ) -> None:
         self._store, self._folder, self._offsets = store, folder, offsets
         self._linked, self._objects = links
-        self._max_size = max_size
+        self._smallest, self._largest = limits
         self._sizes = np.zeros(int(self._objects.max(initial=-1)) + 1, np.int64)
         for position in range(offsets.size - 1):
             nodes, objects = self._linked_in(position, position + 1)
             if nodes.size:
                 np.add.at(self._sizes, objects, self._sizes_of(position)[nodes])
-        self.n_exceeding = int((self._sizes > max_size).sum())
+        self.n_too_large = int((self._sizes > self._largest).sum())
 
-    def is_exceeded_by(self, slab: range) -> npt.NDArray[np.bool_]:
-        """Whether each label of some successive blocks belongs to an object that is too large."""
-        is_exceeding: npt.NDArray[np.bool_] = (
-            np.concatenate([self._sizes_of(position) for position in slab]) > self._max_size
-        )
+    def exclude(self, slab: range) -> npt.NDArray[np.bool_]:
+        """Whether each label of some successive blocks belongs to an object that is too large or too small."""
+        sizes = np.concatenate([self._sizes_of(position) for position in slab])
         nodes, objects = self._linked_in(slab.start, slab.stop)
-        is_exceeding[nodes] = False
-        self.n_exceeding += int(is_exceeding.sum())
-        is_exceeding[nodes] = self._sizes[objects] > self._max_size
-        return is_exceeding
+        is_alone = np.ones(sizes.size, np.bool_)
+        is_alone[nodes] = False
+        self.n_too_large += int((sizes[is_alone] > self._largest).sum())
+        sizes[nodes] = self._sizes[objects]
+        is_excluded: npt.NDArray[np.bool_] = (sizes > self._largest) | (sizes < self._smallest)
+        return is_excluded
 
     def _sizes_of(self, position: int) -> Pairs:
         """Pixels of each label of a block in its core."""

@@ -13,10 +13,11 @@ Parallel over
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,18 +28,18 @@ from .config import MasksConfig
 from .dynamics import compute_masks
 from .errors import ModelError
 from .foreground import foreground_map
-from .grid import Region, WorkingGrid
+from .frames import Extent, label_shape, level_geometry, refuse_missing
+from .grid import Index, Region, WorkingGrid, region_shape, shift
 from .images import Image
 from .inputs import channels_of
-from .job import Diameter, Job, Surveyed
+from .job import Diameter, Job, Moment, Surveyed
 from .networks.runner import load_network
 from .normalisation import CELL, CELLS_PER_POINT, SAMPLES_PER_CELL, percentiles_of, range_map, sample_cells
 from .objects import object_extents
-from .planes import plane_axes, plane_shape, refuse_missing
 from .progress import Progress
 from .working import box_mean, finite_float, read_tile
 
-__all__ = ["SIZES", "measure_window", "process_block", "run"]
+__all__ = ["SIZES", "measure_window", "process_block", "region_to_survey", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,14 @@ MAX_SAMPLES = 2**22
 LARGE_IMAGE = 2**28
 COARSEST = 4.0
 
-WINDOWS_PER_AXIS = 6
-GUESS_WINDOWS_PER_AXIS = 3
+CELL_PLANES = 8
+"""Planes of a cell of the map of the foreground."""
+MAX_PLANES = 64
+"""Of a region."""
+
+WINDOWS_PER_AXIS = (1, 6, 6, 4, 3)
+GUESS_WINDOWS_PER_AXIS = (1, 3, 3, 2, 2)
+"""By the number of axes that are longer than one pixel."""
 GUESS_DIAMETERS = (0.5, 1.0, 2.0, 4.0)
 PASSES = 4
 MIN_OBJECTS = 5
@@ -106,94 +113,147 @@ def _per_cell(pooled: FloatArray, statistic: Any) -> FloatArray:
     return result
 
 
-def _survey_level(image: Image) -> int:
-    """The finest level of at most 2**28 pixels, but none coarser than 4."""
-    for i, level in enumerate(image.levels):
-        last = i == len(image.levels) - 1 or max(image.levels[i + 1].scale) > COARSEST * 1.01
-        if last or math.prod(level.shape) // image.n_channels <= LARGE_IMAGE:
-            return i
-    return 0
+def _survey_level(image: Image, extent: Extent) -> int:
+    """The finest level of at most 2**28 pixels that has all frames, but none coarser than 4."""
+    frames = label_shape(image)[: extent.n_flow_frames]
+    usable = [i for i in range(len(image.levels)) if label_shape(image, i)[: extent.n_flow_frames] == frames]
+    usable = [i for i in usable if max(image.levels[i].scale) <= COARSEST * 1.01] or [0]
+    return next((i for i in usable if math.prod(label_shape(image, i)) <= LARGE_IMAGE), usable[-1])
 
 
 class _Sampling:
     """Which regions the surveyed level has, and which pixels are sampled."""
 
-    def __init__(self, image: Image) -> None:
-        self.level = _survey_level(image)
-        self.shape = plane_shape(image, self.level)
-        self.step = max(1, math.ceil(math.sqrt(math.prod(self.shape) / MAX_SAMPLES)))
-        self.counts = tuple(-(-n // REGION) for n in self.shape)
-        self.cells = tuple(-(-n // CELL) for n in self.shape)
-        self.samples_per_region = math.ceil(min(REGION, max(self.shape)) / self.step) ** 2
+    def __init__(self, image: Image, extent: Extent) -> None:
+        self.level = _survey_level(image, extent)
+        self.axes, self.shape = extent.axes, label_shape(image, self.level)
+        self.cell = tuple({"t": 1, "z": CELL_PLANES}.get(axis, CELL) for axis in self.axes)
+        self.sides = tuple({"t": 1, "z": self._depth(image)}.get(axis, self._width(image)) for axis in self.axes)
+        self.step = self._steps()
+        self.counts = tuple(-(-n // side) for n, side in zip(self.shape, self.sides, strict=True))
+        self.cells = tuple(-(-n // cell) for n, cell in zip(self.shape, self.cell, strict=True))
+        self.cells_per_region = tuple(
+            min(side // cell, n) for side, cell, n in zip(self.sides, self.cell, self.cells, strict=True)
+        )
+        sampled = zip(self.shape, self.sides, self.step, strict=True)
+        self.samples_per_region = math.prod(math.ceil(min(side, n) / step) for n, side, step in sampled)
+
+    def _depth(self, image: Image) -> int:
+        """Planes of a region: about as many as a chunk of the image holds, so that none is decoded again and again."""
+        if "z" not in self.axes:
+            return 1
+        chunk = image.levels[self.level].chunks[image.axes.index("z")]
+        return min(max(CELL_PLANES, -(-chunk // CELL_PLANES) * CELL_PLANES), MAX_PLANES)
+
+    def _width(self, image: Image) -> int:
+        """Pixels of a region along y and x."""
+        depth = min(self._depth(image), self.shape[self.axes.index("z")]) if "z" in self.axes else 1
+        return max(REGION >> math.floor(math.log2(depth) / 2), CELL)
+
+    def _steps(self) -> Index:
+        """Every how many-th pixel is a sample, along each axis."""
+        excess = math.prod(self.shape) / MAX_SAMPLES
+        n_planes = self.shape[self.axes.index("z")] if "z" in self.axes else 1
+        across = max(1, min(n_planes, math.ceil(excess ** (1 / 3))))
+        along = max(1, math.ceil(math.sqrt(excess / across)))
+        return tuple({"t": 1, "z": across}.get(axis, along) for axis in self.axes)
+
+    @property
+    def regions_per_moment(self) -> int:
+        """Regions of one time point."""
+        return math.prod(n for n, axis in zip(self.counts, self.axes, strict=True) if axis != "t")
 
     def region(self, number: int) -> Region:
-        index = np.unravel_index(number, self.counts)
-        return tuple(
-            slice(int(i) * REGION, min((int(i) + 1) * REGION, n)) for i, n in zip(index, self.shape, strict=True)
-        )
+        parts = zip(np.unravel_index(number, self.counts), self.sides, self.shape, strict=True)
+        return tuple(slice(int(i) * side, min((int(i) + 1) * side, n)) for i, side, n in parts)
 
-    def sampled(self, region: Region) -> tuple[slice, ...]:
+    def cells_of(self, region: Region) -> Region:
+        """The cells of the map in a region."""
+        return tuple(slice(p.start // cell, -(-p.stop // cell)) for p, cell in zip(region, self.cell, strict=True))
+
+    def sampled(self, region: Region) -> Region:
         """The sampled pixels of a region: every `step`-th of the whole level."""
-        first = self.step // 2
-        return tuple(slice((first - p.start) % self.step, p.stop - p.start, self.step) for p in region)
+        parts = zip(region, self.step, strict=True)
+        return tuple(slice((step // 2 - p.start) % step, p.stop - p.start, step) for p, step in parts)
 
-    def where(self, samples: FloatArray, cells: npt.NDArray[np.bool_]) -> FloatArray:
-        """Of the stored samples, shape (regions, samples), those that lie in the marked cells."""
+    def where(self, samples: FloatArray, cells: npt.NDArray[np.bool_], first: int) -> FloatArray:
+        """Of the stored samples, shape (regions, samples), those that lie in the marked cells.
+
+        The first of them is that of region `first`; cells are those of the whole map.
+        """
         kept = []
         for number in range(len(samples)):
-            region = self.region(number)
-            rows, columns = (
-                np.arange(p.start, p.stop)[s] // CELL for p, s in zip(region, self.sampled(region), strict=True)
-            )
-            is_kept = cells[np.ix_(rows, columns)].ravel()
+            region = self.region(first + number)
+            parts = zip(region, self.sampled(region), self.cell, strict=True)
+            index = (np.arange(p.start, p.stop)[s] // cell for p, s, cell in parts)
+            is_kept = cells[np.ix_(*index)].ravel()
             kept.append(samples[number, : is_kept.size][is_kept])
         return np.concatenate(kept)
 
 
+def region_to_survey(image: Image, extent: Extent) -> tuple[int, Index]:
+    """The level that is surveyed, and the sides of the largest region of it that is read."""
+    sampling = _Sampling(image, extent)
+    sides = (side + 2 * MARGIN * (axis in "yx") for side, axis in zip(sampling.sides, sampling.axes, strict=True))
+    return sampling.level, tuple(map(min, sides, sampling.shape))
+
+
 def survey_region(number: int, job: Job) -> dict[str, Any]:
     """Task: sample one region and measure its cells, for each input of the network."""
-    sampling = _Sampling(job.image)
+    sampling = _Sampling(job.image, job.extent)
     region = sampling.region(number)
     if job.settings.survey.missing_chunks == "refuse":
         refuse_missing(job.image, sampling.level, region, channels_of(job.inputs))
     wide = tuple(
-        slice(max(0, p.start - MARGIN), min(n, p.stop + MARGIN)) for p, n in zip(region, sampling.shape, strict=True)
+        slice(max(0, p.start - MARGIN), min(n, p.stop + MARGIN)) if axis in "yx" else p
+        for p, n, axis in zip(region, sampling.shape, sampling.axes, strict=True)
     )
-    core = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(region, wide, strict=True))
-    cells = tuple(slice(p.start // CELL, -(-p.stop // CELL)) for p in region)
+    core = shift(region, tuple(p.start for p in wide))
+    cells = sampling.cells_of(region)
     facts = np.zeros((len(job.inputs), 3), np.float64)
     for i, single in enumerate(job.inputs):
         values = finite_float(single.read(job.image, sampling.level, wide), np.nan)
         samples = values[core][sampling.sampled(region)].ravel()
+        planes = values.reshape(-1, *values.shape[-2:])
         if job.settings.survey.normalize == "local":
-            job.store.open("survey.zarr/by-cell")[(i, *cells)] = sample_cells(values[core])
+            middle = [planes[(k + min(k + CELL_PLANES, len(planes))) // 2] for k in range(0, len(planes), CELL_PLANES)]
+            by_cell = np.stack([sample_cells(plane[core[-2:]]) for plane in middle])
+            job.store.open("survey.zarr/by-cell")[(i, *cells)] = by_cell.reshape(*region_shape(cells), -1)
         n_nonfinite = int(np.isnan(values[core]).sum())
         if n_nonfinite or np.isnan(values).any():
             values[np.isnan(values)] = 0 if np.isnan(values).all() else np.nanmin(values)
         stored = np.full(sampling.samples_per_region, np.nan, np.float32)
         stored[: samples.size] = samples
         job.store.open("survey.zarr/samples")[i, number] = stored
-        job.store.open("survey.zarr/cells")[(i, slice(None), *cells)] = process_block(values, core)
+        statistics = _per_planes([process_block(plane, core[-2:]) for plane in planes])
+        job.store.open("survey.zarr/cells")[(i, slice(None), *cells)] = statistics.reshape(3, *region_shape(cells))
         facts[i] = n_nonfinite, values[core].min(), values[core].max()
     job.store.save(f"survey.zarr/facts-{number}", facts)
     return {"peak": peak_memory()}
 
 
+def _per_planes(statistics: list[FloatArray]) -> FloatArray:
+    """Statistics of cells in groups of 8 planes from those in each, shape (3, groups, cells y, cells x)."""
+    groups = [np.stack(statistics[k : k + CELL_PLANES]) for k in range(0, len(statistics), CELL_PLANES)]
+    summed = [[group[:, 0].min(axis=0), group[:, 1].max(axis=0), np.median(group[:, 2], axis=0)] for group in groups]
+    return np.stack([np.stack(of) for of in zip(*summed, strict=True)])
+
+
 def run(job: Job, executor: Executor, progress: Progress) -> Surveyed:
     """Survey the image, or read what an earlier run found."""
     document = job.store.read_json("survey.json")
-    sampling = _Sampling(job.image)
+    sampling = _Sampling(job.image, job.extent)
     n_regions = math.prod(sampling.counts)
     if document is not None:
         progress.start("survey", n_regions, n_regions)
         return Surveyed.from_json(document)
-    n, side = len(job.inputs), REGION // CELL
-    n_samples = sampling.samples_per_region
+    n, n_samples = len(job.inputs), sampling.samples_per_region
     job.store.create("survey.zarr/samples", (n, n_regions, n_samples), (1, 1, n_samples), "float32")
-    job.store.create("survey.zarr/cells", (n, 3, *sampling.cells), (1, 3, side, side), "float32")
-    job.store.create("survey.zarr/foreground", sampling.cells, (1024, 1024), "bool")
+    job.store.create("survey.zarr/cells", (n, 3, *sampling.cells), (1, 3, *sampling.cells_per_region), "float32")
+    chunks = tuple(min(1024, m) if axis in "yx" else 1 for m, axis in zip(sampling.cells, sampling.axes, strict=True))
+    job.store.create("survey.zarr/foreground", sampling.cells, chunks, "bool")
     if job.settings.survey.normalize == "local":
-        per_chunk = (1, side, side, SAMPLES_PER_CELL)
+        per_chunk = (1, *sampling.cells_per_region, SAMPLES_PER_CELL)
         job.store.create("survey.zarr/by-cell", (n, *sampling.cells, SAMPLES_PER_CELL), per_chunk, "float32")
     done = job.store.done("survey")
     progress.start("survey", n_regions, len(done))
@@ -202,62 +262,126 @@ def run(job: Job, executor: Executor, progress: Progress) -> Surveyed:
         job.store.mark("survey", [number])
         progress.step(record["peak"])
     found = _summarise(job, sampling)
-    diameter = _find_diameter(job, found, executor, progress)
-    found = Surveyed(**{**vars(found), "diameter": diameter})
+    moments = []
+    for i, moment in enumerate(found.moments):
+        diameter = _find_diameter(job, found, i, executor, progress)
+        moments.append(dataclasses.replace(moment, diameter=diameter))
+    found = dataclasses.replace(found, moments=tuple(moments))
     job.store.write_json("survey.json", found.to_json())
     return found
 
 
 def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
-    """Percentiles, foreground and map of the normalisation from what the regions left, input by input."""
-    settings = job.settings.survey
-    n, n_regions = len(job.inputs), math.prod(sampling.counts)
-    facts = np.stack([job.store.load(f"survey.zarr/facts-{i}") for i in range(n_regions)])
-    level = job.image.levels[sampling.level]
-    cell_size = tuple(CELL * level.scale[job.image.spatial_axes.index(axis)] for axis in plane_axes(job.image))
-    is_local = settings.normalize == "local"
-    if is_local:
-        lattice = tuple(-(-count // CELLS_PER_POINT) for count in sampling.cells)
-        job.store.create("survey.zarr/normalisation", (n, 2, *lattice), (1, 2, 256, 256), "float32")
-    foreground = np.zeros(sampling.cells, np.bool_)
-    percentiles = []
-    for i, single in enumerate(job.inputs):
-        cells = job.store.open("survey.zarr/cells")[i]
-        extremes = float(facts[:, i, 1].min()), float(facts[:, i, 2].max())
-        name = f"{single.text(job.image)} of {job.image.name}"
-        samples = job.store.open("survey.zarr/samples")[i]
-        (low, high), holds_something = _range_of(samples, cells, sampling, extremes, name)
-        percentiles.append((low, high))
-        if extremes[0] < extremes[1]:
-            foreground |= foreground_map(cells, high - low)
-        if is_local:
-            points = range_map(job.store.open("survey.zarr/by-cell"), i, cells[2], holds_something, (low, high))
-            job.store.open("survey.zarr/normalisation")[i] = points
-    is_constant = bool((facts[:, :, 1].min(axis=0) >= facts[:, :, 2].max(axis=0)).all())
+    """Percentiles, foreground and map of the normalisation from what the regions left."""
+    settings, n = job.settings.survey, len(job.inputs)
+    is_per_time = settings.per_time and "t" in sampling.axes
+    n_moments = sampling.shape[0] if is_per_time else 1
+    scale, _ = level_geometry(job.image, sampling.level)
+    cell_size = tuple(cell * of for cell, of in zip(sampling.cell, scale, strict=True))
+    pitch = _pitch(sampling)
+    if settings.normalize == "local":
+        lattice = tuple(-(-count // p) for count, p in zip(sampling.cells, pitch, strict=True))
+        chunks = tuple(min(m, 256) if axis in "yx" else 1 for m, axis in zip(lattice, sampling.axes, strict=True))
+        job.store.create("survey.zarr/normalisation", (n, 2, *lattice), (1, 2, *chunks), "float32")
+    seen: list[npt.NDArray[np.bool_]] = []
+    moments, n_nonfinite = [], 0
+    for moment in range(n_moments):
+        found, foreground, n_bad = _summarise_moment(job, sampling, moment if is_per_time else None)
+        moments.append(found)
+        seen.append(foreground)
+        n_nonfinite += n_bad
+    is_constant = all(moment.is_constant for moment in moments)
+    foreground = np.concatenate(seen)
     is_mapped = settings.foreground == "auto" and not is_constant
     if is_mapped:
         job.store.open("survey.zarr/foreground")[:] = foreground
     return Surveyed(
-        percentiles=tuple(percentiles),
-        is_constant=is_constant,
-        n_nonfinite=int(facts[:, :, 0].sum()),
+        moments=tuple(moments),
+        n_nonfinite=n_nonfinite,
         foreground_cell=cell_size if is_mapped else (),
         foreground_fraction=float(foreground.mean()) if is_mapped else float(not is_constant),
-        diameter=Diameter(job.model.diam_mean, "default", (job.model.diam_mean,) * 2),
-        normalisation_pitch=tuple(CELLS_PER_POINT * side for side in cell_size) if is_local else (),
+        normalisation_pitch=tuple(p * of for p, of in zip(pitch, cell_size, strict=True))
+        if settings.normalize == "local"
+        else (),
     )
 
 
+def _pitch(sampling: _Sampling) -> Index:
+    """Cells between two points of the map of the normalisation, along each axis."""
+    return tuple(CELLS_PER_POINT if axis in "yx" else 1 for axis in sampling.axes)
+
+
+def _summarise_moment(job: Job, sampling: _Sampling, time: int | None) -> tuple[Moment, npt.NDArray[np.bool_], int]:
+    """What holds for all time points or one, input by input: percentiles; where something rises above the noise, for
+    all inputs together; pixels that are not finite."""
+    numbers = range(math.prod(sampling.counts))
+    part = slice(None)
+    if time is not None:
+        numbers = range(time * sampling.regions_per_moment, (time + 1) * sampling.regions_per_moment)
+        part = slice(time, time + 1)
+    facts = np.stack([job.store.load(f"survey.zarr/facts-{i}") for i in numbers])
+    reach = tuple(int(axis != "t") for axis in sampling.axes)
+    foreground, percentiles = np.zeros(1, np.bool_), []
+    for i, single in enumerate(job.inputs):
+        cells = job.store.open("survey.zarr/cells")[i, :, part]
+        extremes = float(facts[:, i, 1].min()), float(facts[:, i, 2].max())
+        name = f"{single.text(job.image)} of {job.image.name}"
+        samples = job.store.open("survey.zarr/samples")[i, numbers.start : numbers.stop]
+        is_somewhere = np.zeros(sampling.cells, np.bool_)
+
+        def where(
+            is_kept: npt.NDArray[np.bool_],
+            samples: FloatArray = samples,
+            is_somewhere: npt.NDArray[np.bool_] = is_somewhere,
+        ) -> FloatArray:
+            is_somewhere[part] = is_kept
+            return sampling.where(samples, is_somewhere, numbers.start)
+
+        (low, high), holds_something = _range_of(samples, cells, where, extremes, name)
+        percentiles.append((low, high))
+        if extremes[0] < extremes[1]:
+            foreground = foreground | foreground_map(cells, high - low, reach)
+        if job.settings.survey.normalize == "local":
+            _map_range(job, i, part, cells[2], holds_something, (low, high))
+    is_constant = bool((facts[:, :, 1].min(axis=0) >= facts[:, :, 2].max(axis=0)).all())
+    default = Diameter(job.model.diam_mean, "default", (job.model.diam_mean,) * 2)
+    foreground = np.broadcast_to(foreground, (1 if time is not None else sampling.cells[0], *sampling.cells[1:]))
+    return Moment(tuple(percentiles), is_constant, default), foreground, int(facts[:, :, 0].sum())
+
+
+def _map_range(
+    job: Job,
+    number: int,
+    part: slice,
+    noise: FloatArray,
+    is_counted: npt.NDArray[np.bool_],
+    whole: tuple[float, float],
+) -> None:
+    """Store the map of the normalisation of an input: of every frame, or group of planes, by itself."""
+    samples, maps = job.store.open("survey.zarr/by-cell"), job.store.open("survey.zarr/normalisation")
+    for index in np.ndindex(noise.shape[:-2]):
+        at = index if part.start is None else (part.start + index[0], *index[1:])
+
+        def rows(start: int, stop: int, at: Index = at) -> FloatArray:
+            return np.asarray(samples[(number, *at, slice(start, stop))])
+
+        maps[(number, slice(None), *at)] = range_map(rows, noise[index], is_counted[index], whole)
+
+
 def _range_of(
-    samples: FloatArray, cells: FloatArray, sampling: _Sampling, extremes: tuple[float, float], name: str
+    samples: FloatArray,
+    cells: FloatArray,
+    where: Callable[[npt.NDArray[np.bool_]], FloatArray],
+    extremes: tuple[float, float],
+    name: str,
 ) -> tuple[tuple[float, float], npt.NDArray[np.bool_]]:
     """Which values of an input become 0 and 1, and in which cells of the map something rises above the noise."""
     low, high = percentiles_of(samples)
     # On a slide that is nearly empty both percentiles of all pixels are background, and cells would
     # be many times brighter than the network has ever seen: the empty parts do not count.
-    holds_something = foreground_map(cells, high - low, reach=0)
+    holds_something = foreground_map(cells, high - low, (0,) * (cells.ndim - 1))
     if holds_something.any():
-        low, high = percentiles_of(sampling.where(samples, holds_something))
+        low, high = percentiles_of(where(holds_something))
     lowest, highest = extremes
     if lowest >= highest:
         return (low, low + 1.0), holds_something
@@ -273,19 +397,19 @@ def _range_of(
     return (low, high), holds_something
 
 
-def _find_diameter(job: Job, found: Surveyed, executor: Executor, progress: Progress) -> Diameter:
-    """The diameter that is given, or one from the objects in windows over the whole image."""
+def _find_diameter(job: Job, found: Surveyed, moment: int, executor: Executor, progress: Progress) -> Diameter:
+    """The diameter that is given, or one from the objects in windows over the whole image, or one time point."""
     given = job.settings.survey.diameter_px(job.image.spacing_um())
     if given is not None:
         return Diameter(given, "given", (given, given))
-    job = Job(**{**vars(job), "surveyed": found})
-    few = [centre for centre, _ in _windows(job, job.model.diam_mean, GUESS_WINDOWS_PER_AXIS)]
-    if found.is_constant or not few:
-        return found.diameter
+    job = dataclasses.replace(job, surveyed=found)
+    few = [centre for centre, _ in _windows(job, job.model.diam_mean, GUESS_WINDOWS_PER_AXIS, moment)]
+    if found.moments[moment].is_constant or not few:
+        return found.moments[moment].diameter
     value = _guess(job, few, executor)
     sizes: npt.NDArray[np.float64] = np.zeros(0)
     for _ in range(PASSES):
-        windows = list(_windows(job, value, WINDOWS_PER_AXIS))
+        windows = list(_windows(job, value, WINDOWS_PER_AXIS, moment))
         progress.start("diameter", len(windows), 0)
         parts = []
         items = [(centre, value, part) for centre, part in windows]
@@ -300,10 +424,11 @@ def _find_diameter(job: Job, found: Surveyed, executor: Executor, progress: Prog
             break
     if sizes.size < MIN_OBJECTS:
         logger.warning(
-            "only %d objects were found in %d windows of %s: the diameter %.1f px is a guess; give --diameter.",
+            "only %d objects were found in %d windows of %s%s: the diameter %.1f px is a guess; give --diameter.",
             sizes.size,
             len(windows),
             job.image.name,
+            f" at time {moment}" if len(found.moments) > 1 else "",
             value,
         )
         return Diameter(value, "default", (value, value), int(sizes.size), len(windows))
@@ -313,19 +438,30 @@ def _find_diameter(job: Job, found: Surveyed, executor: Executor, progress: Prog
     return Diameter(round(value, 2), "estimated", (low, high), int(sizes.size), len(windows))
 
 
-def _windows(job: Job, diameter: float, per_axis: int) -> Iterator[tuple[Centre, Part]]:
+def _windows(job: Job, diameter: float, per_axis: Sequence[int], moment: int) -> Iterator[tuple[Centre, Part]]:
     """The centre of a window in each part of a regular division of the image, and the part, in pixels of level 0.
 
-    The centre is that of the foreground cell nearest to the middle of the part. Of an image that is hardly larger
-    than a window the windows together see all.
+    A window is one tile of one plane. Its centre is that of the foreground cell nearest to the middle of the part. Of
+    a picture that is hardly larger than a window the windows together see all.
     """
-    shape = job.shape
     side = job.model.tile * diameter / job.model.diam_mean
-    counts = [max(1, min(per_axis, math.ceil(n / side))) for n in shape]
+    at_most = per_axis[sum(n > 1 for n in job.shape)]
+    whole = [(0, n) for n in job.shape]
+    if len(job.found.moments) > 1:
+        whole[0] = (moment, moment + 1)
+    lengths = [stop - start for start, stop in whole]
+    in_plane = [max(1, min(at_most, math.ceil(n / side))) for n in lengths[-2:]]
+    # Where a plane holds few windows, more planes are looked at.
+    n_across = sum(n > 1 for n in lengths[:-2])
+    share = math.ceil((per_axis[2] ** 2 / math.prod(in_plane)) ** (1 / max(1, n_across)))
+    counts = [*(min(n, max(at_most, share)) for n in lengths[:-2]), *in_plane]
     cell = job.found.foreground_cell
     foreground = job.store.open("survey.zarr/foreground")[:] if cell else None
     for index in itertools.product(*(range(n) for n in counts)):
-        edges = tuple((i * n / c, (i + 1) * n / c) for i, c, n in zip(index, counts, shape, strict=True))
+        edges = tuple(
+            (start + i * (stop - start) / c, start + (i + 1) * (stop - start) / c)
+            for i, c, (start, stop) in zip(index, counts, whole, strict=True)
+        )
         middle = tuple((a + b) / 2 for a, b in edges)
         if foreground is None:
             yield middle, edges
@@ -338,18 +474,18 @@ def _windows(job: Job, diameter: float, per_axis: int) -> Iterator[tuple[Centre,
             centres = (where + [p.start for p in part] + 0.5) * cell
             nearest = centres[np.square(centres - middle).sum(axis=1).argmin()]
             # A cell cut by the image's edge may have its centre outside.
-            yield tuple(float(min(v, n - 0.5)) for v, n in zip(nearest, shape, strict=True)), edges
+            yield tuple(float(min(v, n - 0.5)) for v, n in zip(nearest, job.shape, strict=True)), edges
 
 
 def _window(job: Job, centre: Centre, diameter: float) -> tuple[WorkingGrid, Region, FloatArray]:
     """One network tile round a centre at the scale of a diameter: its grid, where it lies there, its pixels."""
-    grid = WorkingGrid.for_diameter(job.shape, diameter, job.model.diam_mean)
-    tile = job.model.tile
+    grid = WorkingGrid.for_diameter(job.shape[-2:], diameter, job.model.diam_mean)
+    frame, tile = tuple(int(c) for c in centre[:-2]), job.model.tile
     starts = []
-    for c, s, n in zip(centre, grid.scale, grid.shape, strict=True):
+    for c, s, n in zip(centre[-2:], grid.scale, grid.shape, strict=True):
         starts.append(min(max(0, round(c * s - tile / 2)), max(0, n - tile)))
     region = tuple(slice(start, start + tile) for start in starts)
-    return grid, region, read_tile(job.image, job.shown, grid, region)
+    return grid, region, read_tile(job.image, job.shown(job.moment_of(frame)), grid, frame, region)
 
 
 def _as_input(values: FloatArray, n_channels: int) -> FloatArray:
@@ -405,7 +541,7 @@ def measure_window(item: tuple[Centre, float, Part], job: Job) -> tuple[npt.NDAr
     )
     boxes, areas = object_extents(labels, int(labels.max(initial=0)))
     counts = areas > 0
-    for axis, (window, n, (start, stop)) in enumerate(zip(region, grid.shape, part, strict=True)):
+    for axis, (window, n, (start, stop)) in enumerate(zip(region, grid.shape, part[-2:], strict=True)):
         low, high = (boxes[:, side, axis] + window.start for side in (0, 1))
         is_cut = ((low == window.start) & (low > 0)) | ((high == window.stop) & (high < n))
         middle = (low + high) / 2 / grid.scale[axis]

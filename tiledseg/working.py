@@ -13,38 +13,39 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .frames import frame_region, label_shape, level_geometry
 from .grid import Index, Region, WorkingGrid, interpolate, linear_weights
-from .images import Image, Level
+from .images import Image
 from .inputs import Input
 from .normalisation import Normalisation
-from .planes import plane_axes, plane_shape
 
 __all__ = ["box_mean", "finite_float", "pixels_to_read", "read_tile", "source_level"]
 
 FloatArray = npt.NDArray[np.float32]
 
 
-def _level_scale(image: Image, level: Level) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Scale and offset of a level along the plane."""
-    where = [image.spatial_axes.index(axis) for axis in plane_axes(image)]
-    return tuple(level.scale[i] for i in where), tuple(level.offset[i] for i in where)
+def _along_grid(image: Image, level: int, grid: WorkingGrid) -> tuple[Index, tuple[float, ...], tuple[float, ...]]:
+    """Shape, scale and offset of a level along the axes of a grid."""
+    n = len(grid.scale)
+    scale, offset = level_geometry(image, level)
+    return label_shape(image, level)[-n:], scale[-n:], offset[-n:]
 
 
 def source_level(image: Image, grid: WorkingGrid) -> int:
-    """The coarsest level that is not coarser than the working grid."""
-    best = 0
-    for i, level in enumerate(image.levels):
-        scale, _ = _level_scale(image, level)
-        if all(r * s <= 1 + 1e-3 for r, s in zip(scale, grid.scale, strict=True)):
+    """The coarsest level that is not coarser than the working grid, and has all frames."""
+    best, n_frames = 0, len(label_shape(image)) - len(grid.scale)
+    for i in range(len(image.levels)):
+        _, scale, _ = _along_grid(image, i, grid)
+        has_all = label_shape(image, i)[:n_frames] == label_shape(image)[:n_frames]
+        if has_all and all(r * s <= 1 + 1e-3 for r, s in zip(scale, grid.scale, strict=True)):
             best = i
     return best
 
 
 def pixels_to_read(image: Image, grid: WorkingGrid, sides: Index) -> Index:
     """Sides in pixels of the level that is read for a region of the working grid of these sides, at most."""
-    source = source_level(image, grid)
-    scale, _ = _level_scale(image, image.levels[source])
-    parts = zip(plane_shape(image, source), sides, grid.scale, scale, strict=True)
+    shape, scale, _ = _along_grid(image, source_level(image, grid), grid)
+    parts = zip(shape, sides, grid.scale, scale, strict=True)
     return tuple(min(n, math.ceil(side / (s * r)) + 2) for n, side, s, r in parts)
 
 
@@ -52,6 +53,7 @@ def read_tile(
     image: Image,
     shown: Sequence[tuple[Input, Normalisation]],
     grid: WorkingGrid,
+    frame: Index,
     region: Region,
 ) -> FloatArray:
     """What the network is shown on a region of the working grid.
@@ -63,7 +65,9 @@ def read_tile(
     shown : sequence of (Input, Normalisation)
         Each input, and its values that become 0 and 1. Pixels that are not finite count as the first.
     grid : WorkingGrid
-        The grid.
+        The grid, over the last axes of the image.
+    frame : tuple of int
+        Which of the frames over the axes before.
     region : tuple of slice
         In working pixels; may reach outside the grid, where the result is 0 (background).
 
@@ -76,10 +80,12 @@ def read_tile(
     if any(p.start >= p.stop for p in inside):
         return result
     source = source_level(image, grid)
-    scale, offset = _level_scale(image, image.levels[source])
-    positions, factors, needed, pixels = [], [], [], []
+    shape, scale, offset = _along_grid(image, source, grid)
+    positions, factors, needed = [], [], []
+    in_frame = [np.array([i], np.float64) for i in frame]
+    pixels = list(in_frame)
     for axis, part in enumerate(inside):
-        n = plane_shape(image, source)[axis]
+        n = shape[axis]
         # Where the level is still more than twice as fine, means of whole pixels replace the missing
         # level of the pyramid: linear interpolation alone would skip pixels and alias noise.
         factor = max(1, math.floor(1 / (grid.scale[axis] * scale[axis]) + 1e-6))
@@ -91,15 +97,21 @@ def read_tile(
         positions.append((coordinates, n_reduced, int(low[0])))
         factors.append(factor)
         pixels.append(np.arange(needed[-1].start, needed[-1].stop, dtype=np.float64) * scale[axis] + offset[axis])
-    in_image = [grid.to_image(p.start, p.stop, axis) for axis, p in enumerate(inside)]
+    in_image = [*in_frame, *(grid.to_image(p.start, p.stop, axis) for axis, p in enumerate(inside))]
     where = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(inside, region, strict=True))
     for target, (single, normalisation) in zip(result, shown, strict=True):
-        raw = single.read(image, source, tuple(needed))
-        background = normalisation.at(pixels)[0] if raw.dtype.kind == "f" else np.float32(0)
+        raw = single.read(image, source, frame_region(frame, tuple(needed)))
+        raw = raw.reshape(raw.shape[len(frame) :])
+        background = _in_frame(normalisation.at(pixels)[0], raw.ndim) if raw.dtype.kind == "f" else np.float32(0)
         values = interpolate(box_mean(finite_float(raw, background), tuple(factors)), positions)
-        low, difference = normalisation.at(in_image)
+        low, difference = (_in_frame(of, raw.ndim) for of in normalisation.at(in_image))
         target[where] = (values - low) / difference
     return result
+
+
+def _in_frame(values: Any, ndim: int) -> Any:
+    """A number as it is, an array without the axes of frames."""
+    return values.reshape(values.shape[-ndim:]) if np.ndim(values) else values
 
 
 def finite_float(values: npt.NDArray[np.generic], background: Any) -> FloatArray:

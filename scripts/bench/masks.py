@@ -64,11 +64,11 @@ def network_flows(example: Example) -> tuple[Floats, Floats, int]:
         job = Job(open_image(example.image), (Input((0,)),), settings, model, executor.device("cpu"), MemoryStore())
         job = dataclasses.replace(job, surveyed=survey.run(job, executor, Progress(None)))
         flows.run(job, executor, Progress(None))
-    working = job.working
-    values = read_flows(job, tuple(slice(0, n) for n in working.shape))
+    working = job.working(0)
+    values = read_flows(job, (), tuple(slice(0, n) for n in working.shape))
     positions = [(working.from_image(0, n, axis), working.shape[axis], 0) for axis, n in enumerate(job.shape)]
     full = np.ascontiguousarray(interpolate(values, positions))
-    return full[:-1], full[-1], job.niter
+    return full[:-1], full[-1], job.niter(0)
 
 
 def cellpose_masks(unit_flows: Floats, cellprob: Floats, niter: int) -> npt.NDArray[Any]:

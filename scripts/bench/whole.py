@@ -29,6 +29,7 @@ from report import Table, Target, finish, parser, save
 from runs import Bench, prepare, row_of, run_tiledseg
 
 from tiledseg.dynamics import warm_up
+from tiledseg.frames import label_shape
 from tiledseg.grid import Lattice, WorkingGrid
 from tiledseg.images import open_image
 from tiledseg.inputs import Input
@@ -36,7 +37,6 @@ from tiledseg.networks.models import find_model
 from tiledseg.networks.runner import load_network, torch_threads_kept
 from tiledseg.normalisation import WholeRange
 from tiledseg.omezarr import write_image
-from tiledseg.planes import plane_shape
 from tiledseg.working import read_tile
 
 LIMIT = 1.5
@@ -50,7 +50,7 @@ def bare_network_s(path: Path, percentiles: tuple[float, float], n_threads: int)
     Tiles are read in rounds that are not timed: what is timed is the network on tiles in memory.
     """
     image, model = open_image(path), find_model("tiledseg-nuclei")
-    working = WorkingGrid.for_diameter(plane_shape(image), DIAMETER, model.diam_mean)
+    working = WorkingGrid.for_diameter(label_shape(image), DIAMETER, model.diam_mean)
     lattice = Lattice(working.shape, model.tile, model.stride)
     network, shown = load_network(model, "cpu"), [(Input((0,)), WholeRange(*percentiles))]
     tiles = itertools.product(*(range(n) for n in lattice.counts))
@@ -59,7 +59,7 @@ def bare_network_s(path: Path, percentiles: tuple[float, float], n_threads: int)
 
         def read(tile: tuple[int, ...]) -> np.ndarray:
             inputs = np.zeros((1, model.n_channels, model.tile, model.tile), np.float32)
-            inputs[0, :1] = read_tile(image, shown, working, lattice.tile_region(tile))
+            inputs[0, :1] = read_tile(image, shown, working, (), lattice.tile_region(tile))
             return inputs
 
         list(pool.map(network.predict, [read((0, 0))] * 2 * n_threads))  # warm

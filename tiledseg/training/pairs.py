@@ -16,12 +16,13 @@ import numpy.typing as npt
 
 from ..config import SurveyConfig
 from ..errors import ImageError
+from ..frames import label_shape
+from ..grid import region_shape
 from ..images import Image, open_image
 from ..inputs import inputs_of
 from ..normalisation import percentiles_of
 from ..omezarr import open_labels
 from ..pictures import read_png
-from ..planes import plane_axes, plane_shape
 
 __all__ = ["Pair", "is_held_out", "read_pairs"]
 
@@ -103,11 +104,11 @@ def read_pairs(
         image = _open(image_file, axes)
         inputs = inputs_of(image, survey, n_inputs, "the network")
         found = _labels_in(labels_file)
-        shape = plane_shape(image)
+        shape = _picture_shape(image)
         if found.shape != shape:
             raise ImageError(f"labels {labels_file} have shape {found.shape}, their image {shape}; give those of it.")
-        everything = tuple(slice(0, n) for n in shape)
-        pixels = [single.read(image, 0, everything).astype(np.float32) for single in inputs]
+        everything = tuple(slice(0, n) for n in label_shape(image))
+        pixels = [single.read(image, 0, everything).astype(np.float32).reshape(shape) for single in inputs]
         pair = _pair(image_file.stem, pixels, found, [percentiles_of(plane) for plane in pixels])
         if pair is None:
             logger.info("%s holds no objects and is left out.", labels_file)
@@ -191,18 +192,23 @@ def _windows_of(
     image = open_image(path, axes=axes)
     inputs = inputs_of(image, survey, n_inputs, "the network")
     known = open_labels(path if labels is None else path / "labels" / labels)
-    shape = plane_shape(image)
-    if tuple(known.shape[-2:]) != shape:
+    shape = label_shape(image)
+    n_more = len(known.shape) - len(shape)
+    if tuple(known.shape[-2:]) != shape[-2:] or math.prod(known.shape) != math.prod(shape):
         raise ImageError(f"labels of {path} have shape {tuple(known.shape)}, the image {shape}; give those of it.")
-    starts = itertools.product(*(range(0, n, WINDOW) for n in shape))
-    windows = [tuple(slice(s, min(s + WINDOW, n)) for s, n in zip(start, shape, strict=True)) for start in starts]
+    sides = [1] * (len(shape) - 2) + [WINDOW] * 2
+    starts = itertools.product(*(range(0, n, side) for n, side in zip(shape, sides, strict=True)))
+    windows = [
+        tuple(slice(s, min(s + side, n)) for s, side, n in zip(start, sides, shape, strict=True)) for start in starts
+    ]
     windows.sort(key=lambda window: hashlib.sha256(_place(window).encode()).digest())
     found: dict[str, tuple[list[FloatArray], npt.NDArray[np.int32]]] = {}
     for window in windows:
-        index = (0,) * (len(known.shape) - len(plane_axes(image)))
-        here = _numbered(np.asarray(known[(*index, *window)]))
+        inner = region_shape(window[-2:])
+        here = _numbered(np.asarray(known[(0,) * n_more + window[max(0, -n_more) :]]).reshape(inner))
         if here.any():
-            found[_place(window)] = [single.read(image, 0, window).astype(np.float32) for single in inputs], here
+            pixels = [single.read(image, 0, window).astype(np.float32).reshape(inner) for single in inputs]
+            found[_place(window)] = pixels, here
         if len(found) == MAX_WINDOWS:
             break
     if not found:
@@ -213,6 +219,16 @@ def _windows_of(
         pair = _pair(name, pixels, here, ranges, diameter)
         if pair is not None:
             yield pair
+
+
+def _picture_shape(image: Image) -> tuple[int, int]:
+    """Pixels along y and x of what is a single picture."""
+    *frames, height, width = label_shape(image)
+    if math.prod(frames) != 1:
+        raise ImageError(
+            f"{image.name} holds {math.prod(frames)} pictures; give files of one each, or an OME-Zarr with labels."
+        )
+    return height, width
 
 
 def _place(window: tuple[slice, ...]) -> str:
