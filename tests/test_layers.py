@@ -37,6 +37,7 @@ ROWS = [
     {"omezarr.labels", "working", "cluster", "networks.models", "segmenters"},
     {"omezarr", "networks", "networks.transformer"},
     {"job", "networks.runner"},
+    {"rates"},
     {"survey", "flows", "masks", "stitch", "publish"},
     {"runs"},
     {"preflight"},

@@ -19,8 +19,10 @@ import tiledseg
 from tiledseg.omezarr import write_image
 from tiledseg.slides import synthetic_slide
 from tiledseg.store import DiskStore
+from tiledseg.volumes import label_volume, render_volume
 
-SETTINGS = {"diameter": 12.0, "block": 128}
+SETTINGS: dict[str, Any] = {"diameter": 12.0, "block": 128}
+IN_3D: dict[str, Any] = {"diameter": 20.0, "block": 40, "do_3d": True}
 STAGES = ["flows.journal", "masks-*/masks.journal", "masks-*/seams.journal", "masks-*/publish-0.journal"]
 
 
@@ -32,8 +34,17 @@ def image_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(image: Path, output: Path, *more: str) -> list[str]:
-    flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
+@pytest.fixture(scope="module")
+def volume_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    image = render_volume(label_volume((48, 60, 64), spacing=20.0, seed=1), seed=1)
+    path = tmp_path_factory.mktemp("resume") / "volume.ome.zarr"
+    write_image(path, image, axes="zyx", spacing_um=(1.0, 1.0, 1.0), chunk=32)
+    return path
+
+
+def command(image: Path, output: Path, settings: dict[str, Any]) -> list[str]:
+    given = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items()]
+    flags = [flag if value is True else f"{flag}={value}" for flag, value in given]
     return [
         sys.executable,
         "-m",
@@ -44,7 +55,6 @@ def command(image: Path, output: Path, *more: str) -> list[str]:
         str(output),
         "--json",
         *flags,
-        *more,
     ]
 
 
@@ -52,10 +62,12 @@ def journal_lines(scratch: Path, pattern: str) -> int:
     return sum(path.read_text().count(".") for path in scratch.glob(pattern))
 
 
-def run_until(journal: str, image: Path, output: Path) -> bool:
+def run_until(journal: str, image: Path, output: Path, settings: dict[str, Any]) -> bool:
     """Start the command, kill it with its journal's first line; False if it ended before."""
     scratch = output.parent / f"{output.name}.cells.tiledseg"
-    with subprocess.Popen(command(image, output), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command(image, output, settings), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
         while process.poll() is None:
             if journal_lines(scratch, journal) > 0:
                 process.send_signal(signal.SIGKILL)
@@ -66,15 +78,18 @@ def run_until(journal: str, image: Path, output: Path) -> bool:
     return False
 
 
-def test_a_killed_command_goes_on_where_it_was(image_path: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out.ome.zarr"
-    killed = [journal for journal in STAGES if run_until(journal, image_path, output)]
+@pytest.mark.parametrize(("name", "settings"), [("image_path", SETTINGS), ("volume_path", IN_3D)], ids=["2d", "3d"])
+def test_a_killed_command_goes_on_where_it_was(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    image, output = request.getfixturevalue(name), tmp_path / "out.ome.zarr"
+    killed = [journal for journal in STAGES if run_until(journal, image, output, settings)]
     assert "flows.journal" in killed
     assert not (output / "labels" / "zarr.json").exists() or len(killed) < len(STAGES)
-    ended = subprocess.run(command(image_path, output), capture_output=True, check=True)
+    ended = subprocess.run(command(image, output, settings), capture_output=True, check=True)
     report = json.loads(ended.stdout)
     assert report["kept"]["flows"] > 0
-    reference = tiledseg.segment(zarr.open_array(image_path / "0", mode="r")[:], **SETTINGS)
+    reference = tiledseg.segment(image, tmp_path / "reference.ome.zarr", **settings)
     labels = zarr.open_array(output / "labels" / "cells" / "0", mode="r")[:]
     assert np.array_equal(labels, reference.labels.compute())
     for stage, kept in report["kept"].items():

@@ -207,7 +207,7 @@ def _segment(options: argparse.Namespace) -> int:
     where = {"output": options.output, "scratch": options.scratch, "axes": options.axes}
     workers = {"scheduler": options.scheduler, "workers": options.workers}
     if options.dry_run:
-        plan = preview(options.image, **where, **workers, **_settings_of(options))
+        plan = preview(options.image, **where, **workers, measure=True, **_settings_of(options))
         _show(plan, options.json, _plan_text)
         if plan["refused"] is not None:
             raise SettingsError(plan["refused"])
@@ -356,11 +356,19 @@ def _diameter_text(found: dict[str, Any]) -> str:
     )
 
 
+def _per_time_text(moments: list[dict[str, Any]]) -> str:
+    """Of time points with a diameter each."""
+    if not moments:
+        return ""
+    values = [moment["diameter"]["value"] for moment in moments]
+    return f", the largest; from {min(values):.2f} px over {len(values)} time points"
+
+
 def _summary_text(facts: dict[str, Any]) -> list[str]:
     """The closing summary of `segment`."""
     lines = [
         f"objects      {facts['n_objects']:,}",
-        f"diameter     {_diameter_text(facts['diameter'])}",
+        f"diameter     {_diameter_text(facts['diameter'])}{_per_time_text(facts['per_time'])}",
         f"blocks       {facts['n_blocks']}, of which {facts['n_skipped_blocks']} skipped as empty",
         f"tiles        {facts['n_tiles']} computed, {facts['n_skipped_tiles']} skipped as empty",
         f"seams        {facts['n_pairs']} objects seen by two blocks, {facts['n_exact_pairs']} as the same pixels, "
@@ -417,6 +425,10 @@ def _needs_text(facts: dict[str, Any]) -> list[str]:
         "diameter": f"{facts['diameter']:g} px, {source.get(facts['diameter_source'], 'as the survey found')}",
         "blocks": f"{facts['n_blocks']:,}, halo {facts['halo']} px",
         "tiles": f"{facts['n_tiles']:,} on a working grid of {facts['working_shape']}",
+        "time": ", ".join(f"{stage} {_time_text(n)}" for stage, n in facts["seconds"].items())
+        + " at the rate of this machine, more for reading and writing, less where nothing is"
+        if facts["seconds"]
+        else None,
         "memory": f"at most {size_text(facts['worker_bytes'])} per process, {size_text(facts['memory_bytes'])} in all "
         f"({facts['n_workers']} x {facts['n_threads']} threads)",
         "per task": ", ".join(f"{stage} {size_text(n)}" for stage, n in tasks),
@@ -425,6 +437,14 @@ def _needs_text(facts: dict[str, Any]) -> list[str]:
         "scratch": facts["scratch"] and f"{facts['scratch']} (up to {size_text(facts['scratch_bytes'])})",
     }
     return [f"  {name:<12} {text}" for name, text in rows.items() if text is not None]
+
+
+def _time_text(seconds: float) -> str:
+    """A time for people: ``40 s``, ``12 min``, ``7.5 h`` or ``12 days``."""
+    for unit, n_seconds, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
+        if seconds < most:
+            return f"{seconds / n_seconds:.{1 if unit == 'h' else 0}f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
 
 
 def _comparison_text(facts: dict[str, Any]) -> list[str]:

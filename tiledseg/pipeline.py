@@ -22,7 +22,7 @@ from .frames import Extent, anisotropy_of, extent_of, label_shape
 from .grid import WorkingGrid
 from .images import Image, at_level, crop, open_image, parse_region
 from .inputs import Input, inputs_of, inputs_text
-from .job import Diameter, Job, Moment, Surveyed, block_of, grid_of, halo_of
+from .job import Diameter, Job, Moment, Surveyed, grid_of, halo_of
 from .mask import Mask, open_mask
 from .networks.models import Model, find_model
 from .networks.runner import lacks_bfloat16, torch_threads_kept
@@ -260,7 +260,8 @@ def segment(
             device = executor.device(device)
         job = Job(opened, inputs, chosen, labeller, device, store, mask=view.mask)
         preflight = Preflight(opened, inputs, chosen, labeller, place, executor.crew, device)
-        preflight.check(chosen.survey.diameter_px(opened.spacing_um()))
+        given = chosen.survey.diameter_px(opened.spacing_um())
+        preflight.settled(given).check(given)
         run_id = reopen(job, place, restart)
         if segmenter is None and device == "cpu" and chosen.flows.device == "auto":
             logger.info("no GPU found: the network runs on the CPU.")
@@ -281,7 +282,11 @@ def _run(
         if job.segmenter is None:
             job = dataclasses.replace(job, surveyed=survey.run(job, executor, progress))
             _check_geometry(job.labeller, job.settings, job.image, job.found.diameter.value)
-            preflight.check(job.found.diameter.value)
+        known = None if job.diameter is None else job.diameter.value
+        preflight = preflight.settled(known)
+        preflight.check(known)
+        masks_settings = dataclasses.replace(job.settings.masks, block=preflight.settings.masks.block)
+        job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, masks=masks_settings))
         job = dataclasses.replace(job, labels=labels_folder(job, place, run_id))
         if job.segmenter is None:
             tiles = flows.run(job, executor, progress)
@@ -436,8 +441,12 @@ def _check_geometry(
     anisotropy = anisotropy_of(image, settings) or 1.0
     if isinstance(labeller, Model):
         WorkingGrid.for_diameter(shape[extent.n_flow_frames :], value, labeller.diam_mean, anisotropy)
-    halo, block = halo_of(settings, value), block_of(settings, extent)
-    if block < halo and any(block < n for n, axis in zip(shape, extent.axes, strict=True) if axis in extent.objects):
+    halo, block = halo_of(settings, value), settings.masks.block
+    if block == "auto":
+        return
+    if int(block) < halo and any(
+        int(block) < n for n, axis in zip(shape, extent.axes, strict=True) if axis in extent.objects
+    ):
         times = "two" if halo == math.ceil(2 * value) else "three"
         raise SettingsError(
             f"block {block} is smaller than the halo of {halo} px ({times} diameters of {value:g} px); "
@@ -536,9 +545,17 @@ def preview(
     workers: int | None = None,
     scratch: str | os.PathLike[str] | None = None,
     axes: str | None = None,
+    measure: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """What `segment` would do and what it would need, without doing it.
+
+    Parameters
+    ----------
+    image, output, client, scheduler, workers, scratch, axes, settings
+        As for `segment`.
+    measure : bool
+        Measure for a few seconds how fast this machine is, and foretell how long the run takes.
 
     Returns
     -------
@@ -546,7 +563,8 @@ def preview(
         ``image`` as opened; ``channel``; where ``labels``, ``table`` and ``scratch`` would go and the
         ``state`` of what is there; ``diameter_source``: ``"given"``, ``"estimated"`` or ``"default"`` by an
         earlier run that is to be continued, or ``"assumed"``: the model's own, until the survey has run; then
-        all that `preflight.Needs` tells; and ``refused``, why it cannot fit, None if it can.
+        all that `preflight.Needs` tells; ``seconds`` of the stages that take longest, if measured; and
+        ``refused``, why it cannot fit, None if it can.
     """
     chosen = Settings.of(**settings)
     view = _view_of(image, axes, chosen)
@@ -558,7 +576,7 @@ def preview(
     crew = _crew(client, scheduler, workers, chosen, is_small)
     device = "cpu" if chosen.flows.device == "cpu" else resolve_device("auto")
     diameter = _expected_diameter(opened, chosen, _model_of(chosen), place)
-    preflight = Preflight(opened, inputs, chosen, model, place, crew, device)
+    preflight = Preflight(opened, inputs, chosen, model, place, crew, device).settled(diameter.value)
     refused = None
     try:
         preflight.check(None if diameter.source == "assumed" else diameter.value)
@@ -573,6 +591,7 @@ def preview(
         "state": _state(place),
         "diameter_source": diameter.source,
         **preflight.needs(diameter.value).as_dict(),
+        "seconds": preflight.seconds(diameter.value) if measure else {},
         "refused": refused,
     }
 

@@ -32,6 +32,7 @@ from .job import N_OUTPUTS, Sheet, block_of, grid_of, halo_of, sheets_of
 from .networks.models import Model
 from .publish import REGION as PUBLISH_REGION
 from .publish import region_sides
+from .rates import pixels_per_second, tiles_per_second
 from .runs import Place
 from .segmenters import Segmenter
 from .stitch import merge_memory
@@ -63,10 +64,10 @@ FLOWS_PIXEL = 16
 """Per pixel of the level that tiles are read from, besides the image's own."""
 BLENDED_PIXEL = 32
 """Per pixel of the planes of a volume that are blended together."""
-MASKS_PIXEL = {2: 100, 3: 100}
+MASKS_PIXEL = {2: 100, 3: 44}
 """Per pixel that flows are followed in, of a block with its halo, by the number of axes; in planes 58 to 66, 90 in
-small blocks."""
-MASKS_WORKING_PIXEL = {2: 32, 3: 40}
+small blocks; in volumes 35 to 40, that of the network's grid included."""
+MASKS_WORKING_PIXEL = {2: 32, 3: 20}
 """Per pixel of the network's grid there; 23 in planes."""
 SMOOTHED_PIXEL = 24
 """More of it if flows are smoothed."""
@@ -111,6 +112,8 @@ class Needs:
         Pixels around a block.
     n_blocks, n_tiles : int
         Blocks, and tiles of the network.
+    n_pixels : int
+        That masks are made of: of all blocks with their halos, at the size flows are followed at.
     working_shape : tuple of int
         Of the network's grid; empty if that is not known or there is no network.
     scratch_bytes, output_bytes : int
@@ -131,6 +134,7 @@ class Needs:
     halo: int
     n_blocks: int
     n_tiles: int
+    n_pixels: int
     working_shape: Index
     scratch_bytes: int
     output_bytes: int
@@ -214,6 +218,7 @@ class Preflight:
             halo=blocks.halo[-1],
             n_blocks=blocks.n_blocks,
             n_tiles=n_tiles,
+            n_pixels=self._pixels_followed(blocks, working),
             working_shape=() if working is None else working.shape,
             scratch_bytes=disk + int(LABELS_SHARE * labels) if on_disk else 0,
             scratch_bytes_max=disk + labels if on_disk else 0,
@@ -225,6 +230,24 @@ class Preflight:
             n_threads=self.crew.n_threads,
             client_bytes=0 if self.crew.in_process else PROCESS_BYTES,
         )
+
+    def settled(self, diameter: float | None) -> Preflight:
+        """The same with a number for the side of the blocks, if that is left to us: at least the halo, and as large as
+        fits in memory, but no larger than is of use."""
+        if self.settings.masks.block != "auto":
+            return self
+        usual, halo = block_of(self.settings, self._extent), self.needs(diameter).halo
+        sides = [side for side in (usual, usual * 3 // 4, usual // 2, usual * 3 // 8, usual // 4) if side >= halo]
+        for side in sides:
+            settled = self._with_block(side)
+            if settled._fits(diameter):
+                return settled
+        return self._with_block(max(usual, halo))
+
+    def _with_block(self, side: int) -> Preflight:
+        """The same with blocks of this side."""
+        masks = dataclasses.replace(self.settings.masks, block=side)
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, masks=masks))
 
     def _loading_bytes(self) -> int:
         """Memory to load a network that is large beside all else."""
@@ -261,6 +284,24 @@ class Preflight:
             return []
         shape = label_shape(self.image)
         return sheets_of([working], self._extent, shape, self.labeller.tile, self.labeller.stride)
+
+    def _pixels_followed(self, blocks: BlockGrid, working: WorkingGrid | None) -> int:
+        """Pixels of all blocks with their halos, at the size flows are followed at."""
+        parts = zip(blocks.counts, blocks.halo, blocks.shape, strict=True)
+        n_pixels = math.prod(n + 2 * halo * (count - 1) for count, halo, n in parts)
+        if working is None or self.settings.masks.resample:
+            return n_pixels
+        return math.ceil(n_pixels * math.prod(working.scale))
+
+    def seconds(self, diameter: float) -> dict[str, float]:
+        """How long network and masks take if cells are everywhere, at the rates of this machine, measured now; nothing
+        of a function."""
+        if isinstance(self.labeller, Segmenter):
+            return {}
+        needs, crew = self.needs(diameter), self.crew
+        tiles = tiles_per_second(self.labeller, self.device, crew.n_threads) * crew.n_workers
+        pixels = pixels_per_second(len(self._extent.flows), crew.n_threads) * crew.n_workers
+        return {"flows": needs.n_tiles / tiles, "masks": needs.n_pixels / pixels}
 
     def _output_bytes(self, n_objects: int) -> int:
         """Labels, pyramid and table on disk."""
@@ -356,11 +397,10 @@ class Preflight:
 
     def _advice(self, diameter: float | None) -> str:
         """What would make it fit: smaller blocks, fewer workers, smaller chunks of the image, or more memory."""
-        options, masks = [], self.settings.masks
+        options = []
         lowest, present = max(self.needs(diameter).halo, SMALLEST_BLOCK), block_of(self.settings, self._extent)
         for block in (present // 2**k for k in range(1, present.bit_length())):
-            smaller = dataclasses.replace(self.settings, masks=dataclasses.replace(masks, block=max(block, lowest)))
-            if block >= lowest and dataclasses.replace(self, settings=smaller)._fits(diameter):
+            if block >= lowest and self._with_block(block)._fits(diameter):
                 options.append(f"lower --block to {block}")
                 break
         n_made_here = self.crew.n_workers if self.crew.worker_limit is None else 0

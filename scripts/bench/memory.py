@@ -1,10 +1,12 @@
 """Memory of one task of each stage, for the factors of `tiledseg.preflight`.
 
     python scripts/bench/memory.py [--side 2048] [--diameter 17] [--blocks 512,1024,2048]
+    python scripts/bench/memory.py --volume do_3d --side 208 --blocks 104,140
+    python scripts/bench/memory.py --volume stitch --side 400 --blocks 128,256
 
-Segments a dense synthetic slide in this process, once per block size, then runs one task of each stage
-alone and prints the most memory it took above what the process had before (Linux: the high-water mark
-of /proc is reset before each), beside what preflight projects. Exit code 1 if a task took more.
+Segments a dense synthetic slide, or a volume of as many planes (64 to stitch), in this process, once per block size,
+then runs one task of each stage alone and prints the most memory it took above what the process had before (Linux:
+the high-water mark of /proc is reset before each), beside what preflight projects. Exit code 1 if a task took more.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from tiledseg.omezarr import write_image
 from tiledseg.preflight import MIB, Preflight
 from tiledseg.runs import place_of
 from tiledseg.slides import synthetic_slide
+from tiledseg.volumes import label_volume, render_volume
 
 
 def status_bytes(key: str) -> int:
@@ -47,7 +50,7 @@ def peak_of(function: Callable[..., Any], *args: Any) -> int:
 
 def measure(job: Job) -> dict[str, int]:
     """Peak of one task per stage; of the block in the middle, which has a halo all round."""
-    middle = job.blocks.number(tuple(n // 2 for n in job.blocks.counts))
+    middle = job.blocks.number(tuple((n - 1) // 2 for n in job.blocks.counts))
     return {
         "survey": peak_of(survey.survey_region, 0, job),
         "flows": peak_of(flows.compute_chunk, 0, job),
@@ -63,19 +66,28 @@ def main() -> int:
     parser.add_argument("--side", type=int, default=2048)
     parser.add_argument("--diameter", type=float, default=17.0)
     parser.add_argument("--blocks", default="512,1024,2048")
+    parser.add_argument("--volume", choices=("do_3d", "stitch"))
     options = parser.parse_args()
     pipeline.FEW_BLOCKS = sys.maxsize  # all in this process
     is_within = True
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "slide.ome.zarr"
-        picture, _ = synthetic_slide((options.side, options.side), diameter=options.diameter, seed=1)
-        write_image(path, picture, axes="yx")
+        how: dict[str, Any] = {}
+        if options.volume is None:
+            picture, _ = synthetic_slide((options.side, options.side), diameter=options.diameter, seed=1)
+            write_image(path, picture, axes="yx")
+        else:
+            how = {"do_3d": True} if options.volume == "do_3d" else {"stitch_threshold": 0.25}
+            shape = (options.side if options.volume == "do_3d" else 64, options.side, options.side)
+            picture = render_volume(label_volume(shape, spacing=options.diameter, seed=1), seed=1)
+            write_image(path, picture, axes="zyx", spacing_um=(1.0, 1.0, 1.0), chunk=128)
         del picture
         for block in map(int, options.blocks.split(",")):
             output = Path(folder) / f"{block}.zarr"
-            job = tiledseg.segment(path, output, diameter=options.diameter, block=block)._job
+            job = tiledseg.segment(path, output, diameter=options.diameter, block=block, **how)._job
+            crew = Crew(1, 1, in_process=True)
             place = place_of(job.image, output, None, job.settings)
-            flight = Preflight(job.image, job.settings, job.labeller, place, Crew(1, 1, in_process=True))
+            flight = Preflight(job.image, job.inputs, job.settings, job.labeller, place, crew)
             # A block that no cell makes look further has its halo once.
             once = dataclasses.replace(job.settings.masks, halo=job.halo)
             alone = dataclasses.replace(flight, settings=dataclasses.replace(job.settings, masks=once))
