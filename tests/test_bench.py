@@ -113,6 +113,26 @@ def test_masks(tmp_path: Path) -> None:
     assert {target["limit"] for target in saved["targets"]} == {30.0, row["AP Cellpose"][2]}
 
 
+@pytest.mark.usefixtures("_torch_threads")
+def test_volume(tmp_path: Path) -> None:
+    pytest.importorskip("cellpose.dynamics")
+    code, saved = run("volume", tmp_path, "--threads", "1")
+    row, *tiles = saved["rows"]
+    assert code == 0
+    assert row["ratio"] == row["Cellpose s"] / row["tiledseg s"]
+    assert row["AP tiledseg"][2] >= row["AP Cellpose"][2] > 0.9
+    assert tiles[-1]["ratio"] <= 0.45
+
+
+def test_volume_in_blocks(tmp_path: Path) -> None:
+    code, saved = run("volume_blocks", tmp_path, "--blocks", "70")
+    whole, parts = saved["rows"]
+    assert code == 0
+    assert (whole["blocks"], parts["blocks"]) == (1, 8)
+    assert whole["objects"] == parts["objects"] > 20
+    assert parts["differ"] == parts["unlike"] == parts["cut"] == 0
+
+
 def test_masks_on_a_real_image(data: Path) -> None:
     masks, images = script("masks"), script("images")
     assert (data / "mosaic_fluo").is_dir()

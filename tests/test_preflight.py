@@ -43,6 +43,12 @@ def large(path: Path, shape: tuple[int, ...] = (100_000, 80_000), chunks: tuple[
     return path
 
 
+def huge_volume(path: Path) -> Path:
+    """The metadata of 4096 planes of 4096 x 4096 pixels."""
+    zarr.create_array(path, shape=(4096,) * 3, chunks=(128,) * 3, dtype="uint16", dimension_names=list("zyx"))
+    return path
+
+
 def flight(path: Path, crew: Crew, labeller: Any = None, **settings: Any) -> Preflight:
     image, chosen = open_image(path), Settings.of(**settings)
     place = place_of(image, path.parent / "out.zarr", None, chosen)
@@ -67,6 +73,64 @@ def test_counts_are_those_of_a_hand(tmp_path: Path) -> None:
     assert needs.output_bytes > 0.1 * 4 * 100_000 * 80_000 * (1 + 1 / 4 + 1 / 16)
     assert needs.memory_bytes == preflight.PROCESS_BYTES + 4 * needs.worker_bytes
     assert needs.worker_bytes == needs.process_bytes + 2 * max(needs.task_bytes.values())
+
+
+def test_counts_of_a_volume_are_those_of_a_hand(tmp_path: Path) -> None:
+    path = huge_volume(tmp_path / "a.zarr")
+    needs = flight(path, Crew(1, 1), do_3d=True, anisotropy=2.0).needs(34.0)
+    assert needs.halo == 68
+    assert needs.n_blocks == 16**3
+    assert needs.working_shape == (4096, 2048, 2048)
+    along = -(-(2048 + 16 - 224) // 184) + 1
+    across = -(-(4096 + 16 - 224) // 184) + 1
+    assert needs.n_tiles == 4096 * along**2 + 2 * 2048 * across * along
+    assert needs.n_pixels == (4096 + 2 * 34 * 15) * (4096 + 2 * 68 * 15) ** 2
+    flows = 2 * 3 * needs.n_tiles * 184**2
+    assert flows < needs.scratch_bytes < 2 * flows
+    by_planes = flight(path, Crew(1, 1), stitch_threshold=0.25).needs(34.0)
+    assert by_planes.working_shape == (2048, 2048)
+    assert by_planes.n_tiles == 4096 * along**2
+    assert by_planes.n_blocks == 128 * 4**2
+
+
+def test_memory_of_a_volume_is_that_of_a_block(tmp_path: Path) -> None:
+    crew = Crew(1, 1)
+    path = huge_volume(tmp_path / "a.zarr")
+    small = tmp_path / "b.zarr"
+    zarr.create_array(small, shape=(1200,) * 3, chunks=(128,) * 3, dtype="uint16", dimension_names=list("zyx"))
+    tasks = [flight(volume, crew, do_3d=True).needs(17.0).task_bytes for volume in (small, path)]
+    assert {**tasks[0], "stitch": 0} == {**tasks[1], "stitch": 0}
+    assert max(tasks[1].values()) < 5 * GIB
+    assert tasks[1]["flows"] < GIB / 2
+    halved = flight(path, crew, do_3d=True, block=128).needs(17.0).task_bytes
+    assert halved["masks"] < tasks[1]["masks"] / 2
+
+
+def test_blocks_left_to_us_fit_the_machine_and_hold_the_halo(tmp_path: Path) -> None:
+    path = huge_volume(tmp_path / "a.zarr")
+    sides = []
+    for machine in (64 * GIB, 6 * GIB, 4 * GIB):
+        settled = flight(path, Crew(1, 1, machine_bytes=machine, in_process=True), do_3d=True).settled(17.0)
+        sides.append(settled.settings.masks.block)
+        assert settled.needs(17.0).memory_bytes <= machine
+    assert sides[0] == 256
+    assert 256 >= sides[0] > sides[-1] >= 64
+    wide = flight(path, Crew(1, 1), do_3d=True).settled(200.0).settings.masks.block
+    assert wide == 400
+    given = flight(path, Crew(1, 1, machine_bytes=GIB), do_3d=True, block=200).settled(17.0)
+    assert given.settings.masks.block == 200
+
+
+def test_the_time_of_a_run_is_foretold_from_a_measured_rate(tmp_path: Path) -> None:
+    plans = []
+    for side in (20_000, 40_000):
+        path = large(tmp_path / f"{side}.zarr", (side, side))
+        plans.append(preview(path, tmp_path / "out.zarr", diameter=17.0, measure=True))
+    assert plans[0]["seconds"].keys() == {"flows", "masks"}
+    for stage, seconds in plans[0]["seconds"].items():
+        assert 2 < plans[1]["seconds"][stage] / seconds < 8
+    assert 0.001 < plans[0]["seconds"]["flows"] / plans[0]["n_tiles"] < 1
+    assert preview(path, tmp_path / "out.zarr", diameter=17.0)["seconds"] == {}
 
 
 def test_memory_grows_with_the_block_and_not_with_the_image(tmp_path: Path) -> None:
