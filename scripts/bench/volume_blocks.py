@@ -69,7 +69,8 @@ def labelled(job: Job, block: int) -> tuple[npt.NDArray[np.uint32], dict[str, An
     chosen = dataclasses.replace(job.settings.masks, block=block)
     folder = f"masks-{block}"
     job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, masks=chosen), labels=folder)
-    job.store.create(f"{folder}/published", job.shape, tuple(min(n, 128) for n in job.shape), "uint32")
+    # Planes are written by one task each.
+    job.store.create(f"{folder}/published", job.shape, (1, *job.shape[1:]), "uint32")
     executor, start = ThreadExecutor(n_cores()), time.perf_counter()
     masks.run(job, executor, Progress(None))
     facts = stitch.run(job, executor, Progress(None))
