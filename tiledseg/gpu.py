@@ -97,7 +97,8 @@ def _ends_of(flow: Any, shape: tuple[int, ...], start: Any, niter: int) -> Any:
         n_steps += CHECK_EVERY
         squares = torch.square(moved - before).unbind(dim=1)
         has_ended = (functools.reduce(operator.add, squares) < float(SETTLED)) | (n_steps >= niter)
-        there = start[moving] + _flat(moved.floor().long().unbind(dim=1), steps)
+        pixels = moved.floor() if moved.shape[1] == 2 else (moved + 0.5).floor()
+        there = start[moving] + _flat(pixels.long().unbind(dim=1), steps)
         ends[moving[has_ended]] = there[has_ended]
         left = ~has_ended
         moving, at, moved, low, high = moving[left], at[left], moved[left], low[left], high[left]
