@@ -17,6 +17,7 @@ from tiledseg.errors import ImageError, SettingsError
 from tiledseg.grid import Lattice
 from tiledseg.networks.models import find_model
 from tiledseg.omezarr import write_image
+from tiledseg.slides import synthetic_slide
 from tiledseg.volumes import label_volume, render_volume
 
 from .cellpose_oracle import labels_3d, matched_share, stitched_planes
@@ -86,7 +87,7 @@ def test_labels_do_not_depend_on_the_block(stored: tuple[Path, Path], whole: til
     assert found.report.n_exact_pairs == found.report.n_pairs > 0
 
 
-@pytest.mark.parametrize("chosen", [{"flow3d_smooth": 1.5}, {"resample": False}, {"min_size": 200}])
+@pytest.mark.parametrize("chosen", [{"flow3d_smooth": 1.5}, {"resample": False}, {"min_size": 1500}])
 def test_nor_with_other_mask_settings_for_which_flows_are_kept(
     stored: tuple[Path, Path], whole: tiledseg.Segmentation, chosen: dict[str, Any]
 ) -> None:
@@ -333,6 +334,22 @@ def test_a_mask_counts_in_pictures_functions_and_without_resampling(volume: Volu
         assert not labels[:, :38].any()
     function = tiledseg.segment(plane, mask=wanted, segmenter=lambda p: (p > 0).astype(int), halo=10)
     assert np.array_equal(function.labels.compute() > 0, np.repeat(np.repeat(wanted, 8, 0), 8, 1) > 0)
+
+
+def test_only_what_the_mask_shows_counts_for_percentiles_and_diameter() -> None:
+    small, large = (synthetic_slide((320, 320), diameter=d, seed=3)[0] for d in (14.0, 32.0))
+    image = np.concatenate([small // 8, large], axis=1)
+    wanted = np.repeat([[0, 1]], 2, axis=0).astype(np.uint8)
+    for chosen in ({}, {"foreground": "off"}):
+        found = tiledseg.segment(image, mask=wanted, **chosen).report
+        assert found.diameter is not None
+        assert found.diameter.value == pytest.approx(32.0, rel=0.15)
+    assert found.percentiles is not None
+    alone = tiledseg.segment(large).report
+    assert alone.percentiles is not None
+    np.testing.assert_allclose(
+        tiledseg.segment(image, mask=wanted, diameter=32.0).report.percentiles, alone.percentiles, rtol=0.02
+    )
 
 
 def test_a_run_does_not_go_on_with_another_mask(volume: Volume, tmp_path: Path) -> None:

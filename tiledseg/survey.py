@@ -285,14 +285,15 @@ def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
         job.store.create("survey.zarr/normalisation", (n, 2, *lattice), (1, 2, *chunks), "float32")
     seen: list[npt.NDArray[np.bool_]] = []
     moments, n_nonfinite = [], 0
+    is_wanted = np.ones(sampling.cells, np.bool_) if job.mask is None else _wanted(job, sampling.cells, cell_size)
     for moment in range(n_moments):
-        found, foreground, n_bad = _summarise_moment(job, sampling, moment if is_per_time else None)
+        found, foreground, n_bad = _summarise_moment(job, sampling, moment if is_per_time else None, is_wanted)
         moments.append(found)
         seen.append(foreground)
         n_nonfinite += n_bad
     is_constant = all(moment.is_constant for moment in moments)
-    foreground = np.concatenate(seen)
-    is_mapped = settings.foreground == "auto" and not is_constant
+    foreground = (np.concatenate(seen) if settings.foreground == "auto" else True) & is_wanted
+    is_mapped = (settings.foreground == "auto" or job.mask is not None) and not is_constant
     if is_mapped:
         job.store.open("survey.zarr/foreground")[:] = foreground
     return Surveyed(
@@ -306,12 +307,29 @@ def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
     )
 
 
+def _wanted(job: Job, cells: Index, cell_size: tuple[float, ...]) -> npt.NDArray[np.bool_]:
+    """The cells of the map in which cells are sought, by the mask that was given."""
+    is_wanted = np.zeros(cells, np.bool_)
+    if job.mask is None:
+        return ~is_wanted
+    parts = [
+        [slice(int(i * size), min(n, math.ceil((i + 1) * size))) for i in range(count)]
+        for count, size, n in zip(cells, cell_size, job.shape, strict=True)
+    ]
+    for row in np.ndindex(cells[:-1]):
+        before = tuple(part[i] for part, i in zip(parts, row, strict=False))
+        is_wanted[row] = job.mask.touches([(*before, last) for last in parts[-1]])
+    return is_wanted
+
+
 def _pitch(sampling: _Sampling) -> Index:
     """Cells between two points of the map of the normalisation, along each axis."""
     return tuple(CELLS_PER_POINT if axis in "yx" else 1 for axis in sampling.axes)
 
 
-def _summarise_moment(job: Job, sampling: _Sampling, time: int | None) -> tuple[Moment, npt.NDArray[np.bool_], int]:
+def _summarise_moment(
+    job: Job, sampling: _Sampling, time: int | None, is_wanted: npt.NDArray[np.bool_]
+) -> tuple[Moment, npt.NDArray[np.bool_], int]:
     """What holds for all time points or one, input by input: percentiles; where something rises above the noise, for
     all inputs together; pixels that are not finite."""
     numbers = range(math.prod(sampling.counts))
@@ -337,7 +355,7 @@ def _summarise_moment(job: Job, sampling: _Sampling, time: int | None) -> tuple[
             is_somewhere[part] = is_kept
             return sampling.where(samples, is_somewhere, numbers.start)
 
-        (low, high), holds_something = _range_of(samples, cells, where, extremes, name)
+        (low, high), holds_something = _range_of(samples, cells, where, is_wanted[part], extremes, name)
         percentiles.append((low, high))
         if extremes[0] < extremes[1]:
             foreground = foreground | foreground_map(cells, high - low, reach)
@@ -372,6 +390,7 @@ def _range_of(
     samples: FloatArray,
     cells: FloatArray,
     where: Callable[[npt.NDArray[np.bool_]], FloatArray],
+    is_wanted: npt.NDArray[np.bool_],
     extremes: tuple[float, float],
     name: str,
 ) -> tuple[tuple[float, float], npt.NDArray[np.bool_]]:
@@ -379,7 +398,7 @@ def _range_of(
     low, high = percentiles_of(samples)
     # On a slide that is nearly empty both percentiles of all pixels are background, and cells would
     # be many times brighter than the network has ever seen: the empty parts do not count.
-    holds_something = foreground_map(cells, high - low, (0,) * (cells.ndim - 1))
+    holds_something = foreground_map(cells, high - low, (0,) * (cells.ndim - 1)) & is_wanted
     if holds_something.any():
         low, high = percentiles_of(where(holds_something))
     lowest, highest = extremes
