@@ -73,8 +73,7 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
     """Task: run the network on the tiles of one chunk and store the piece."""
     sheet, index = _find(job, number)
     lattice, working = sheet.lattice, job.working(sheet.moment)
-    in_sheet, chunk = index[: len(sheet.frames)], index[len(sheet.frames) :]
-    frame = in_sheet if len(job.found.moments) == 1 else (sheet.moment, *in_sheet[1:])
+    frame, chunk = sheet.frame_of(index[: len(sheet.frames)]), index[len(sheet.frames) :]
     tiles = lattice.tiles_of(chunk)
     in_image = [working.region_in_image(lattice.tile_region(tile)) for tile in tiles]
     seen = job.may_hold_cells([frame_region(frame, region) for region in in_image])

@@ -212,6 +212,8 @@ class Sheet:
         The axes of the planes that the network sees, among those of the flows.
     frames : tuple of int
         Number of frames along each axis that numbers them.
+    first : tuple of int
+        Which of all frames is the first of them.
     lattice : Lattice
     """
 
@@ -219,7 +221,16 @@ class Sheet:
     moment: int
     planes: tuple[int, int]
     frames: Index
+    first: Index
     lattice: Lattice
+
+    def frame_of(self, index: Index) -> Index:
+        """The frame of the image that an index over the sheet's frames means."""
+        return tuple(i + first for i, first in zip(index, self.first, strict=True))
+
+    def index_of(self, frame: Index) -> Index:
+        """The index over the sheet's frames of a frame of the image."""
+        return tuple(i - first for i, first in zip(frame, self.first, strict=True))
 
     @property
     def chunk_counts(self) -> Index:
@@ -245,16 +256,16 @@ def sheets_of(workings: Sequence[WorkingGrid], extent: Extent, shape: Index, til
     tile, stride : int
         Of the model.
     """
-    frames = shape[: extent.n_flow_frames]
-    if len(workings) > 1:
-        frames = (1, *frames[1:])
-    n = len(extent.flows)
-    sheets = []
+    n, sheets = len(extent.flows), []
     for moment, working in enumerate(workings):
+        frames = shape[: extent.n_flow_frames]
+        first = (0,) * len(frames)
+        if len(workings) > 1:
+            frames, first = (1, *frames[1:]), (moment, *first[1:])
         for planes in itertools.combinations(range(n), 2):
             thin = next((axis for axis in range(n) if axis not in planes), None)
             name = f"flows.zarr/{moment}/{''.join(extent.flows[axis] for axis in planes)}"
-            sheets.append(Sheet(name, moment, planes, frames, Lattice(working.shape, tile, stride, thin)))
+            sheets.append(Sheet(name, moment, planes, frames, first, Lattice(working.shape, tile, stride, thin)))
     return sheets
 
 

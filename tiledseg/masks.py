@@ -67,14 +67,13 @@ def read_flows(job: Job, frame: Index, region: Region) -> FloatArray:
     sheets = [sheet for sheet in job.sheets if sheet.moment == moment]
     for sheet in sheets:
         flows, lattice = job.store.open(sheet.name), sheet.lattice
-        in_sheet = tuple(min(i, n - 1) for i, n in zip(frame, sheet.frames, strict=True))
         for chunk in lattice.chunks_meeting(region):
             piece = lattice.piece_region(chunk)
             shared = overlap(region, piece)
             if shared is None:
                 continue
             here, there = (shift(shared, tuple(p.start for p in of)) for of in (region, piece))
-            found = flows[(*in_sheet, *chunk, slice(None), *there)]
+            found = flows[(*sheet.index_of(frame), *chunk, slice(None), *there)]
             for target, source in zip((*sheet.planes, -1), found, strict=True):
                 values[target][here] += source
     values[-1] += np.float32(CELLPROB_FLOOR * len(sheets))
@@ -120,16 +119,8 @@ def _values_of(job: Job, frame: Index, region: Region) -> tuple[FloatArray, list
         return read_flows(job, frame, wide)
 
     values = _smoothed(read, needed, working.shape, _smoothing(job))
-    if job.mask is not None:
-        places = [
-            np.floor(working.to_image(p.start, p.stop, axis) + 0.5).astype(np.int64) for axis, p in enumerate(needed)
-        ]
-        low = [max(0, int(at[0])) for at in places]
-        sides = zip(places, job.shape[len(frame) :], strict=True)
-        in_image = tuple(slice(a, min(n, int(at[-1]) + 1)) for a, (at, n) in zip(low, sides, strict=True))
-        wanted = job.mask.at(frame_region(frame, in_image)).reshape(region_shape(in_image))
-        index = (np.clip(at - a, 0, n - 1) for at, a, n in zip(places, low, wanted.shape, strict=True))
-        values[-1][~wanted[np.ix_(*index)]] = -np.inf
+    places = (working.to_image(p.start, p.stop, axis) for axis, p in enumerate(needed))
+    _hide(job, frame, values, [np.floor(at + 0.5).astype(np.int64) for at in places])
     return values, [i - p.start for i, p in zip(nearest, needed, strict=True)]
 
 
@@ -147,9 +138,18 @@ def _resampled(job: Job, working: WorkingGrid, frame: Index, region: Region) -> 
         if scale != working.scale[-1]:
             # A step of one pixel of y and x is a smaller part of a thick plane.
             values[axis] *= np.float32(working.scale[-1] / scale)
-    if job.mask is not None:
-        values[-1][~job.mask.at(frame_region(frame, region)).reshape(values.shape[1:])] = -np.inf
+    _hide(job, frame, values, [np.arange(p.start, p.stop) for p in region])
     return values
+
+
+def _hide(job: Job, frame: Index, values: FloatArray, places: list[npt.NDArray[np.int64]]) -> None:
+    """Make background of what the mask leaves out; `places` are the pixels of level 0 that the values lie on."""
+    if job.mask is None:
+        return
+    inside = [np.clip(at, 0, n - 1) for at, n in zip(places, job.shape[len(frame) :], strict=True)]
+    region = tuple(slice(int(at[0]), int(at[-1]) + 1) for at in inside)
+    wanted = job.mask.at(frame_region(frame, region)).reshape(region_shape(region))
+    values[-1][~wanted[np.ix_(*(at - at[0] for at in inside))]] = -np.inf
 
 
 def _smoothing(job: Job) -> float:
