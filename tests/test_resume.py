@@ -36,7 +36,7 @@ def image_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def volume_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    image = render_volume(label_volume((48, 60, 64), spacing=20.0, seed=1), seed=1)
+    image = render_volume(label_volume((36, 56, 60), spacing=20.0, seed=1), seed=1)
     path = tmp_path_factory.mktemp("resume") / "volume.ome.zarr"
     write_image(path, image, axes="zyx", spacing_um=(1.0, 1.0, 1.0), chunk=32)
     return path
