@@ -330,7 +330,8 @@ def test_a_bounded_part_of_the_mask_is_in_memory(monkeypatch):
 @pytest.mark.parametrize("sides", [(1001, 2047), (99, 10001), (333, 334)])
 def test_smaller_by_a_factor_is_accepted(factor, rounding, sides):
     smaller = [max(1, int(rounding(side / factor))) for side in sides]
-    open_mask(np.ones(smaller, bool), image_of("yx", y=sides[0], x=sides[1]))
+    mask = open_mask(np.ones(smaller, bool), image_of("yx", y=sides[0], x=sides[1]))
+    assert mask.at((slice(sides[0] - 3, sides[0]), slice(0, 5))).all()
 
 
 @pytest.mark.parametrize("shape", [(31, 45), (45, 45), (9, 9), (23, 31), (90, 31), (45, 29)])

@@ -307,6 +307,9 @@ def test_a_level_is_segmented_as_if_it_were_the_image_with_sizes_in_full_pixels(
     transform = written["multiscales"][0]["datasets"][0]["coordinateTransformations"]
     assert transform[0]["scale"] == [0.5, 1.0, 1.0]
     assert transform[1]["translation"] == [0.0, 0.25, 0.25]
+    # Planes are given, or taken, to be as thick as pixels of the full-size image are wide.
+    again = segmented(path, tmp_path / "b.ome.zarr", **{**chosen, "anisotropy": 1.0})
+    assert np.array_equal(again.labels.compute(), same.labels.compute())
 
 
 @pytest.mark.parametrize("factor", [1, 3])

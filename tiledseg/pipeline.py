@@ -346,13 +346,15 @@ def _view_of(source: Any, axes: str | None, settings: Settings) -> _View:
     image, survey, masks = open_image(source, axes=axes), settings.survey, settings.masks
     if survey.region is not None:
         image = crop(image, parse_region(survey.region, image.axes))
-    scale = dict.fromkeys(image.spatial_axes, 1.0)
-    if survey.level:
-        levels = image.levels
-        image = at_level(image, survey.level)
-        scale = dict(zip(image.spatial_axes, levels[survey.level].scale, strict=True))
     extent = extent_of(image, settings)
     _check_volume(image, settings, extent)
+    scale = dict.fromkeys(image.spatial_axes, 1.0)
+    if survey.level:
+        full, image = image, at_level(image, survey.level)
+        scale = dict(zip(image.spatial_axes, full.levels[survey.level].scale, strict=True))
+        if len(extent.flows) == 3:
+            thickness = (anisotropy_of(full, settings) or 1.0) * scale["z"] / scale["x"]
+            settings = dataclasses.replace(settings, flows=dataclasses.replace(settings.flows, anisotropy=thickness))
     given, pixel = survey.diameter_given(), scale["x"]
     n_pixels = math.prod(scale[axis] for axis in extent.objects)
     if given is not None and given[1] == "px":
@@ -377,7 +379,7 @@ def _check_volume(image: Image, settings: Settings, extent: Extent) -> None:
     if not flows.do_3d and (flows.anisotropy != "auto" or masks.flow3d_smooth):
         name = "anisotropy" if flows.anisotropy != "auto" else "flow3d_smooth"
         raise SettingsError(f"{name} counts in 3D only; give do_3d (--do-3d) as well, or leave it out.")
-    if flows.do_3d and masks.flow_threshold != defaults.flow_threshold:
+    if is_3d and masks.flow_threshold != defaults.flow_threshold:
         raise SettingsError("flow_threshold does not count in 3D, where shapes are not checked; leave it out.")
     if (flows.do_3d or masks.stitch_threshold) and not extent.objects.startswith("z"):
         logger.info("%s has a single plane: cells are sought in two dimensions.", image.name)
@@ -509,13 +511,16 @@ def estimate_diameter(
     with connect(small=True) as executor, torch_threads_kept():
         device = executor.device(chosen.flows.device)
         job = Job(opened, inputs, chosen, model, device, MemoryStore(), mask=view.mask)
-        found = survey.run(job, executor, Progress(progress)).diameter.times(view.pixel)
+        moments = survey.run(job, executor, Progress(progress)).moments
+        moment = max(range(len(moments)), key=lambda i: moments[i].diameter.value)
+        found = moments[moment].diameter.times(view.pixel)
         if picture is not None:
             if found.source != "estimated":
                 raise SettingsError(
                     f"there is no histogram to draw: the diameter is {found.source}, not estimated from objects."
                 )
-            histogram(job.store.load(survey.SIZES) * view.pixel, Path(picture), found.value, found.quartiles)
+            sizes = job.store.load(survey.sizes_name(moment))
+            histogram(sizes * view.pixel, Path(picture), found.value, found.quartiles)
         return found
 
 

@@ -5,7 +5,7 @@ Reads
 Writes
     ``survey.zarr``: for each input of the network sampled values and noise statistics per region, then
     the foreground map of all and, if asked for, the maps of the normalisation;
-    ``survey.zarr/diameters``: of the objects that the diameter was estimated from, in pixels of level 0;
+    ``survey.zarr/diameters-<moment>``: of the objects that the diameter was estimated from, in pixels of level 0;
     ``survey.json``: percentiles (of the parts that are not empty), diameter with its spread.
 Parallel over
     Regions of the level, then windows of the image.
@@ -39,7 +39,7 @@ from .objects import object_extents
 from .progress import Progress
 from .working import box_mean, finite_float, read_tile
 
-__all__ = ["SIZES", "measure_window", "process_block", "region_to_survey", "run"]
+__all__ = ["measure_window", "process_block", "region_to_survey", "run", "sizes_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,11 @@ GUESS_WINDOWS_PER_AXIS = (1, 3, 3, 2, 2)
 GUESS_DIAMETERS = (0.5, 1.0, 2.0, 4.0)
 PASSES = 4
 MIN_OBJECTS = 5
-SIZES = "survey.zarr/diameters"
+
+
+def sizes_name(moment: int) -> str:
+    """Where the scratch keeps the diameters of the objects that an estimate rests on, in pixels of level 0."""
+    return f"survey.zarr/diameters-{moment}"
 
 
 def process_block(values: FloatArray, core: Region) -> FloatArray:
@@ -285,7 +289,7 @@ def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
         job.store.create("survey.zarr/normalisation", (n, 2, *lattice), (1, 2, *chunks), "float32")
     seen: list[npt.NDArray[np.bool_]] = []
     moments, n_nonfinite = [], 0
-    is_wanted = np.ones(sampling.cells, np.bool_) if job.mask is None else _wanted(job, sampling.cells, cell_size)
+    is_wanted = _wanted(job, sampling.cells, cell_size)
     for moment in range(n_moments):
         found, foreground, n_bad = _summarise_moment(job, sampling, moment if is_per_time else None, is_wanted)
         moments.append(found)
@@ -308,10 +312,10 @@ def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
 
 
 def _wanted(job: Job, cells: Index, cell_size: tuple[float, ...]) -> npt.NDArray[np.bool_]:
-    """The cells of the map in which cells are sought, by the mask that was given."""
-    is_wanted = np.zeros(cells, np.bool_)
+    """The parts of the map in which the mask says that cells are sought; all without one."""
+    is_wanted = np.ones(cells, np.bool_)
     if job.mask is None:
-        return ~is_wanted
+        return is_wanted
     parts = [
         [slice(int(i * size), min(n, math.ceil((i + 1) * size))) for i in range(count)]
         for count, size, n in zip(cells, cell_size, job.shape, strict=True)
@@ -451,7 +455,7 @@ def _find_diameter(job: Job, found: Surveyed, moment: int, executor: Executor, p
             value,
         )
         return Diameter(value, "default", (value, value), int(sizes.size), len(windows))
-    job.store.save(SIZES, sizes)
+    job.store.save(sizes_name(moment), sizes)
     low, high = (float(v) for v in np.percentile(sizes, [25, 75]))
     # Two decimals: the working grid must not hang on the last bits of a median.
     return Diameter(round(value, 2), "estimated", (low, high), int(sizes.size), len(windows))
