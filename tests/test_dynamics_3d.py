@@ -21,6 +21,7 @@ from tiledseg.particles import follow_flows
 from tiledseg.volumes import label_volume, plane_flows, render_volume
 
 from .strategies import Labels, label_fields, logits, numbered, seeds
+from .test_dynamics import check_particles_against_numpy
 
 Flows = npt.NDArray[np.float32]
 
@@ -271,17 +272,7 @@ def test_inputs_may_lie_in_any_order_and_are_left_alone(crowd: Labels, crowd_flo
 
 def test_particles_follow_as_in_plain_numpy() -> None:
     truth = cells((20, 34, 27), 14, seed=7)
-    flows = plane_flows(truth) + noise((3, *truth.shape), 2, 0.2, seed=8)
-    inside = flows * (truth > 0)
-    for niter in (0, 1, 7, 9):  # before the first look at what has settled
-        ends = follow_flows(flows, truth > 0, niter)
-        place = np.stack(np.nonzero(truth)).astype(np.float64)
-        for _ in range(niter):
-            step = np.stack([ndimage.map_coordinates(axis, place, order=1, mode="nearest") for axis in inside])
-            place = np.clip(place + step, 0, np.array(truth.shape)[:, None] - 1)
-        expected = np.ravel_multi_index(tuple(np.floor(place + 0.5).astype(int)), truth.shape)
-        assert (ends[truth > 0] == expected).mean() > 0.99  # float32 against float64
-        assert (ends[truth == 0] == -1).all()
+    check_particles_against_numpy(truth, plane_flows(truth) + noise((3, *truth.shape), 2, 0.2, seed=8), 0.5)
 
 
 def torch_devices() -> list[str]:
