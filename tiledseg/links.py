@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 import numpy.typing as npt
 
-from .seams import overlap_ious
+from .seams import is_best, overlap_ious
 
 __all__ = ["link_planes"]
 
@@ -64,9 +64,6 @@ def _best(pairs: Pairs, ious: npt.NDArray[np.float64], min_iou: float) -> Pairs:
     is_enough = ious >= min_iou
     pairs, ious = pairs[is_enough], ious[is_enough]
     for chooser in (0, 1):
-        chosen = 1 - chooser
-        order = np.lexsort((pairs[:, chosen], -ious, pairs[:, chooser]))
-        pairs, ious = pairs[order], ious[order]
-        is_first = np.diff(pairs[:, chooser].astype(np.int64), prepend=-1) != 0
-        pairs, ious = pairs[is_first], ious[is_first]
+        is_chosen = is_best(pairs[:, chooser], pairs[:, 1 - chooser], ious)
+        pairs, ious = pairs[is_chosen], ious[is_chosen]
     return pairs

@@ -17,7 +17,17 @@ import numpy.typing as npt
 
 from .errors import SettingsError
 
-__all__ = ["MAX_LABEL", "Numbering", "agreement", "link", "match_seam", "node_index", "number", "overlap_ious"]
+__all__ = [
+    "MAX_LABEL",
+    "Numbering",
+    "agreement",
+    "is_best",
+    "link",
+    "match_seam",
+    "node_index",
+    "number",
+    "overlap_ious",
+]
 
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.float64]
@@ -62,16 +72,27 @@ def match_seam(low: Pairs, high: Pairs, min_iou: float) -> tuple[Pairs, FloatArr
         raise SettingsError(f"min_iou is {min_iou}; the overlap needed to link two labels lies in (0, 1].")
     pairs, ious = overlap_ious(low, high)
     pairs, ious = pairs[ious >= min_iou], ious[ious >= min_iou]
-    is_mutual = _is_best(pairs[:, 0], pairs[:, 1], ious) & _is_best(pairs[:, 1], pairs[:, 0], ious)
+    is_mutual = is_best(pairs[:, 0], pairs[:, 1], ious) & is_best(pairs[:, 1], pairs[:, 0], ious)
     return pairs[is_mutual], ious[is_mutual]
 
 
-def _is_best(labels: Pairs, partners: Pairs, ious: FloatArray) -> npt.NDArray[np.bool_]:
-    """Whether each pair has the highest IoU of its label, the lowest partner if tied."""
+def is_best(labels: Pairs, partners: Pairs, ious: FloatArray) -> npt.NDArray[np.bool_]:
+    """Which pairs are the choice of one of their labels.
+
+    Parameters
+    ----------
+    labels, partners : array of uint32, shape (n_pairs,)
+    ious : array of float64, shape (n_pairs,)
+
+    Returns
+    -------
+    is_best : array of bool, shape (n_pairs,)
+        Whether the pair has the highest IoU of its label, the lowest partner if tied.
+    """
     order = np.lexsort((partners, -ious, labels))
-    is_best = np.zeros(labels.size, np.bool_)
-    is_best[order] = np.diff(labels[order].astype(np.int64), prepend=-1) != 0
-    return is_best
+    is_chosen = np.zeros(labels.size, np.bool_)
+    is_chosen[order] = np.diff(labels[order].astype(np.int64), prepend=-1) != 0
+    return is_chosen
 
 
 def overlap_ious(low: Pairs, high: Pairs) -> tuple[Pairs, FloatArray]:
