@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tiledseg import mask as mask_module
 from tiledseg.errors import ImageError
-from tiledseg.images import Image, at_level, crop, open_image
+from tiledseg.images import Image, at_level, at_region, open_image
 from tiledseg.mask import Mask, open_mask
 from tiledseg.omezarr import write_image
 
@@ -152,7 +152,7 @@ def test_a_speck_in_a_fine_mask_is_touched():
 @pytest.mark.parametrize("shape", [(45, 31), (9, 6), (23, 16), (90, 62)])
 def test_a_mask_lies_over_the_whole_of_a_crop(shape):
     full, pixels = image_of("tczyx"), speckle(*shape)
-    image = crop(full, {"t": (1, 2), "z": (2, 6), "y": (13, 40), "x": (8, 9)})
+    image = at_region(full, {"t": (1, 2), "z": (2, 6), "y": (13, 40), "x": (8, 9)})
     expected = slow_lookup(pixels, "yx", full)[1:2, 2:6, 13:40, 8:9]
     np.testing.assert_array_equal(slow_lookup(pixels, "yx", image), expected)
     mask = open_mask(pixels, image)
@@ -165,7 +165,7 @@ def test_a_mask_lies_over_the_whole_of_a_crop(shape):
 
 def test_a_crop_in_z_and_t_of_a_mask_that_has_them():
     full, pixels = image_of("tzyx"), speckle(3, 4, 9, 6)
-    image = crop(full, {"t": (2, 3), "z": (3, 6), "x": (20, 31)})
+    image = at_region(full, {"t": (2, 3), "z": (3, 6), "x": (20, 31)})
     mask = open_mask(pixels, image)
     expected = slow_lookup(pixels, "tzyx", full)[2:3, 3:6, :, 20:]
     np.testing.assert_array_equal(mask.at(everything(mask, image)), expected)
@@ -176,7 +176,7 @@ def test_a_mask_over_a_level_of_a_crop(tmp_path, shape):
     write_image(tmp_path / "a.zarr", np.zeros((101, 67), "u1"), axes="yx", n_levels=3, chunk=16)
     full, pixels = open_image(tmp_path / "a.zarr"), speckle(*shape)
     for level in (0, 1, 2):
-        image = at_level(crop(full, {"y": (33, 90), "x": (10, 50)}), level)
+        image = at_level(at_region(full, {"y": (33, 90), "x": (10, 50)}), level)
         mask = open_mask(pixels, image)
         found = mask.at(everything(mask, image))
         np.testing.assert_array_equal(found, slow_lookup(pixels, "yx", image))
@@ -258,7 +258,7 @@ def test_chunks_that_are_not_stored_are_background(tmp_path):
 def test_a_path_travels(tmp_path):
     pixels = speckle(9, 6)
     zarr.create_array(tmp_path / "m.zarr", data=pixels)
-    mask = open_mask(tmp_path / "m.zarr", crop(image_of("yx"), {"y": (10, 40)}))
+    mask = open_mask(tmp_path / "m.zarr", at_region(image_of("yx"), {"y": (10, 40)}))
     sent = pickle.dumps(mask)
     assert len(sent) < 3000
     assert pickle.loads(sent) == mask
@@ -340,7 +340,7 @@ def test_a_mask_of_another_image(shape):
         rf"the mask \(numpy array\) has {shape[0]} x {shape[1]} pixels along y and x, and numpy array has 45 x 31, "
         "which is not the same shape at any resolution; it is probably a mask of another image"
     )
-    for image in (image_of("yx"), crop(image_of("yx"), {"y": (0, shape[0] // 2)})):
+    for image in (image_of("yx"), at_region(image_of("yx"), {"y": (0, shape[0] // 2)})):
         with pytest.raises(ImageError, match=message):
             open_mask(np.ones(shape, bool), image)
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiledseg.errors import ImageError, SettingsError
-from tiledseg.images import Image, Level, at_level, crop, open_image, parse_region
+from tiledseg.images import Image, Level, at_level, at_region, open_image, parse_region
 from tiledseg.omezarr import create_labels, finish_labels, plan_labels, write_image
 
 RNG = np.random.default_rng(11)
@@ -157,7 +157,7 @@ def test_a_region_of_an_axis_the_image_lacks():
 def test_a_crop_equals_slicing(tmp_path, axes, version):
     array = write(tmp_path / "a.zarr", axes, version)
     full, cuts = open_image(tmp_path / "a.zarr"), cuts_of(axes)
-    image = crop(full, cuts)
+    image = at_region(full, cuts)
     expected = array[slices_of(axes, cuts)]
     assert image.shape == expected.shape
     assert image.position == tuple(cuts.get(axis, (0, 0))[0] for axis in axes)
@@ -177,7 +177,7 @@ def test_crops_of_plain_arrays(tmp_path, source):
     zarr.create_array(tmp_path / "zarr.zarr", data=array, chunks=(2, 16, 16), shards=(4, 32, 32))
     tifffile.imwrite(tmp_path / "tiled.tif", array, tile=(16, 16), compression="zlib")
     tifffile.imwrite(tmp_path / "plain.tif", array)
-    image = crop(open_image(array if source == "numpy" else tmp_path / source, axes="zyx"), cuts_of("zyx"))
+    image = at_region(open_image(array if source == "numpy" else tmp_path / source, axes="zyx"), cuts_of("zyx"))
     np.testing.assert_array_equal(whole(image), array[2:6, 33:90, 5:50])
     assert image.levels[0].chunks == open_image(array if source == "numpy" else image.name, axes="zyx").levels[0].chunks
 
@@ -185,7 +185,7 @@ def test_crops_of_plain_arrays(tmp_path, source):
 def test_axes_on_disk_may_have_another_order(tmp_path):
     array = noise(20, 30, 3)
     tifffile.imwrite(tmp_path / "a.tif", array.astype("uint8"), photometric="rgb")
-    image = crop(open_image(tmp_path / "a.tif"), {"y": (5, 9), "x": (10, None)})
+    image = at_region(open_image(tmp_path / "a.tif"), {"y": (5, 9), "x": (10, None)})
     np.testing.assert_array_equal(whole(image), array[5:9, 10:].transpose(2, 0, 1))
 
 
@@ -193,7 +193,7 @@ def test_axes_on_disk_may_have_another_order(tmp_path):
 def test_a_crop_to_the_whole_is_the_image(tmp_path, bounds):
     write(tmp_path / "a.zarr", "yx")
     full = open_image(tmp_path / "a.zarr")
-    assert crop(full, bounds) == full
+    assert at_region(full, bounds) == full
     assert (full.position, full.full_shape) == ((0, 0), (101, 67))
 
 
@@ -202,7 +202,7 @@ def test_a_crop_to_the_whole_is_the_image(tmp_path, bounds):
 @pytest.mark.parametrize("cuts", [CUTS, {"y": (100, 101)}, {"y": (0, 1), "x": (66, 67)}, {"z": (6, 7), "x": (31, 32)}])
 def test_coarser_levels_of_a_crop_lie_where_they_say(tmp_path, factors, rounding, cuts):
     full = write_ramp(tmp_path / "a.zarr", factors, rounding)
-    image = crop(full, {axis: span for axis, span in cuts.items() if axis != "t"})
+    image = at_region(full, {axis: span for axis, span in cuts.items() if axis != "t"})
     assert len(image.levels) == 3
     assert image.levels[0].offset == (0, 0, 0)
     assert_levels_lie_right(full, (0, 0, 0))
@@ -219,7 +219,7 @@ def test_a_crop_has_the_fewest_pixels_that_cover_it(data):
     high = data.draw(st.integers(low + 1, n))
     full = open_image(np.zeros((n, n), "u1"))
     level = Level("", (size, n), (1, 1), (scale, 1.0), (offset, 0.0), 1, (0, 0), (size, n))
-    image = crop(dataclasses.replace(full, levels=(full.levels[0], level)), {"y": (low, high)})
+    image = at_region(dataclasses.replace(full, levels=(full.levels[0], level)), {"y": (low, high)})
     part = image.levels[1]
     first, count = part.start[0], part.shape[0]
     edges = (np.arange(first, first + count + 1) - 0.5) * scale + offset
@@ -235,8 +235,8 @@ def test_a_crop_has_the_fewest_pixels_that_cover_it(data):
 
 def test_crops_of_crops_add_up(tmp_path):
     full = write_ramp(tmp_path / "a.zarr", PYRAMIDS[1])
-    once = crop(full, {"z": (3, 6), "y": (45, 70)})
-    twice = crop(crop(full, {"z": (2, 7), "y": (20, 80)}), {"z": (1, 4), "y": (25, 50)})
+    once = at_region(full, {"z": (3, 6), "y": (45, 70)})
+    twice = at_region(at_region(full, {"z": (2, 7), "y": (20, 80)}), {"z": (1, 4), "y": (25, 50)})
     assert (twice.shape, twice.position, twice.translation) == (once.shape, once.position, once.translation)
     assert twice.levels[1:] == once.levels[1:]
     np.testing.assert_array_equal(whole(twice), whole(once))
@@ -246,8 +246,8 @@ def test_a_level_without_the_time_points_is_left_out():
     full = open_image(np.zeros((4, 8, 8), "u1"), axes="tyx")
     level = Level("", (2, 4, 4), (1, 4, 4), (2.0, 2.0), (0.5, 0.5), 1, (0, 0, 0), (2, 4, 4))
     full = dataclasses.replace(full, levels=(full.levels[0], level))
-    assert len(crop(full, {"t": (1, 3)}).levels) == 1
-    assert len(crop(full, {"y": (1, 3)}).levels) == 2
+    assert len(at_region(full, {"t": (1, 3)}).levels) == 1
+    assert len(at_region(full, {"y": (1, 3)}).levels) == 2
 
 
 @pytest.mark.parametrize("span", [(5, 5), (9, 3), (100, 102), (101, None), (-1, 5), (None, 0)])
@@ -255,19 +255,19 @@ def test_regions_outside_and_empty(tmp_path, span):
     write(tmp_path / "a.zarr", "zyx")
     image = open_image(tmp_path / "a.zarr")
     with pytest.raises(ImageError, match=r"a\.zarr has no region y=-?\d+:\d+, its axis 'y' has length 101; give y="):
-        crop(image, {"y": span})
+        at_region(image, {"y": span})
 
 
 def test_a_crop_of_an_unknown_axis():
     image = open_image(noise(9, 9))
     with pytest.raises(SettingsError, match="names axis 'z', but the image has y, x"):
-        crop(image, {"z": (0, 1)})
+        at_region(image, {"z": (0, 1)})
     with pytest.raises(SettingsError, match="choose those with --channel"):
-        crop(image, {"c": (0, 1)})
+        at_region(image, {"c": (0, 1)})
 
 
 def test_regions_are_those_of_the_crop():
-    image = crop(open_image(noise(40, 40)), {"y": (10, 30)})
+    image = at_region(open_image(noise(40, 40)), {"y": (10, 30)})
     for region in ((slice(0, 21), slice(0, 40)), (slice(-1, 5), slice(0, 40))):
         with pytest.raises(ImageError, match=r"has no y -?\d+:\d+ \(length 20\)"):
             image.read(0, region)
@@ -317,7 +317,7 @@ def test_a_level_of_a_tiff(tmp_path):
     image = at_level(full, 1)
     np.testing.assert_array_equal(whole(image), array[::2, ::2])
     np.testing.assert_array_equal(whole(image, 1), array[::4, ::4])
-    cut = at_level(crop(full, {"y": (40, 80)}), 2)
+    cut = at_level(at_region(full, {"y": (40, 80)}), 2)
     np.testing.assert_array_equal(whole(cut), array[::4, ::4][10:20])
 
 
@@ -328,7 +328,7 @@ def test_an_unknown_spacing_is_counted_in_pixels(tmp_path):
         tif.write(array[::2, ::2], subfiletype=1, tile=(16, 16))
     image = open_image(tmp_path / "a.tif")
     assert image.spacing == (None, None)
-    view = at_level(crop(image, {"y": (10, 40)}), 1)
+    view = at_level(at_region(image, {"y": (10, 40)}), 1)
     assert (view.spacing, view.units, view.translation) == ((2.0, 2.0), (None, None), (10.5, 0.5))
     assert view.spacing_um() is None
     assert at_level(image, 0) == image
@@ -350,7 +350,7 @@ def test_no_such_level(tmp_path, level):
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_a_level_of_a_crop(tmp_path, factors, rounding, level):
     full = write_ramp(tmp_path / "a.zarr", factors, rounding)
-    part = crop(full, cuts_of("zyx"))
+    part = at_region(full, cuts_of("zyx"))
     image = at_level(part, level)
     step = full.levels[level].scale
     start = np.array([2, 33, 5]) + part.levels[level].offset
@@ -363,7 +363,7 @@ def test_a_level_of_a_crop(tmp_path, factors, rounding, level):
 
 def test_a_crop_of_a_level(tmp_path):
     full = write_ramp(tmp_path / "a.zarr", PYRAMIDS[1])
-    image = crop(at_level(full, 1), {"y": (7, 30)})
+    image = at_region(at_level(full, 1), {"y": (7, 30)})
     assert (image.position, image.full_shape) == ((0, 7, 0), full.levels[1].shape)
     np.testing.assert_array_equal(whole(image), whole(full, 1)[:, 7:30])
     assert_levels_lie_right(image, np.array([0.5, 14.5, 0.5]), (2.0, 2.0, 2.0))
@@ -376,7 +376,7 @@ def test_missing_chunks_of_views_have_their_stored_keys(tmp_path):
     write(tmp_path / "a.zarr", "zyx")
     for key in ("0/c/0/1/3", "1/c/0/2/1", "0/c/0/6/0"):
         (tmp_path / "a.zarr" / key).unlink()
-    image = crop(open_image(tmp_path / "a.zarr"), {"y": (20, 90), "x": (40, 60)})
+    image = at_region(open_image(tmp_path / "a.zarr"), {"y": (20, 90), "x": (40, 60)})
     assert image.missing_chunks(0, everything(image)) == ["0/c/0/1/3"]
     assert image.missing_chunks(0, (slice(0, 7), slice(12, 70), slice(0, 20))) == []
     assert image.missing_chunks(1, everything(image)) == ["1/c/0/2/1"]
@@ -388,7 +388,7 @@ def test_corrupt_chunks_of_views_are_named(tmp_path):
     write(tmp_path / "a.zarr", "yx")
     (tmp_path / "a.zarr/0/c/2/1").write_bytes(b"")
     (tmp_path / "a.zarr/1/c/1/1").write_bytes(b"abc")
-    image = crop(open_image(tmp_path / "a.zarr"), {"y": (20, 60)})
+    image = at_region(open_image(tmp_path / "a.zarr"), {"y": (20, 60)})
     with pytest.raises(ImageError, match=r"chunk c/2/1 of .*a\.zarr/0 cannot be read .* y 5:40, x 0:67"):
         image.read(0, (slice(5, 40), slice(0, 67)))
     np.testing.assert_array_equal(image.read(0, (slice(0, 12), slice(0, 67))).shape, (12, 67))
@@ -398,11 +398,11 @@ def test_corrupt_chunks_of_views_are_named(tmp_path):
 
 def test_views_travel_as_a_path(tmp_path):
     array = write(tmp_path / "a.zarr", "yx")
-    view = at_level(crop(open_image(tmp_path / "a.zarr"), {"y": (20, 60)}), 1)
+    view = at_level(at_region(open_image(tmp_path / "a.zarr"), {"y": (20, 60)}), 1)
     sent = pickle.dumps(view)
     assert len(sent) < 3000
     np.testing.assert_array_equal(whole(pickle.loads(sent)), whole(view))
-    memory = crop(open_image(array), {"y": (20, 60)})
+    memory = at_region(open_image(array), {"y": (20, 60)})
     assert not memory.is_shippable
     with pytest.raises(ImageError, match="cannot be sent to other processes"):
         pickle.dumps(memory)
@@ -410,7 +410,7 @@ def test_views_travel_as_a_path(tmp_path):
 
 def test_a_view_is_described_as_json(tmp_path):
     write(tmp_path / "a.zarr", "cyx")
-    view = at_level(crop(open_image(tmp_path / "a.zarr"), {"y": (20, 60)}), 1)
+    view = at_level(at_region(open_image(tmp_path / "a.zarr"), {"y": (20, 60)}), 1)
     told = json.loads(json.dumps(view.describe()))
     assert (told["shape"], told["position"], told["full_shape"]) == ([2, 20, 34], [0, 10, 0], [2, 51, 34])
     assert told["levels"][0] == {
@@ -422,7 +422,9 @@ def test_a_view_is_described_as_json(tmp_path):
 @pytest.mark.parametrize("inside", [True, False])
 def test_labels_of_a_view_lie_over_the_image(tmp_path, version, inside):
     write(tmp_path / "a.zarr", "tczyx", version)
-    view = at_level(crop(open_image(tmp_path / "a.zarr"), {"t": (1, 3), "z": (3, 7), "y": (20, 60), "x": (9, 21)}), 1)
+    view = at_level(
+        at_region(open_image(tmp_path / "a.zarr"), {"t": (1, 3), "z": (3, 7), "y": (20, 60), "x": (9, 21)}), 1
+    )
     plan = plan_labels(view, None if inside else tmp_path / "out.zarr", "cells", version)
     assert (plan.axes, plan.shape, plan.in_image) == ("tzyx", (2, 4, 20, 7), inside)
     create_labels(plan, attributes={})

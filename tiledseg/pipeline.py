@@ -20,7 +20,7 @@ from .config import MasksConfig, Settings
 from .errors import OutputError, SettingsError
 from .frames import Extent, anisotropy_of, extent_of, label_shape
 from .grid import WorkingGrid
-from .images import Image, at_level, crop, open_image, parse_region
+from .images import Image, at_level, at_region, open_image, parse_region
 from .inputs import Input, inputs_of, inputs_text
 from .job import Diameter, Job, Moment, Surveyed, grid_of, halo_of
 from .mask import Mask, open_mask
@@ -345,7 +345,7 @@ def _view_of(source: Any, axes: str | None, settings: Settings) -> _View:
     """Open an image, as far as it is to be segmented."""
     image, survey, masks = open_image(source, axes=axes), settings.survey, settings.masks
     if survey.region is not None:
-        image = crop(image, parse_region(survey.region, image.axes))
+        image = at_region(image, parse_region(survey.region, image.axes))
     extent = extent_of(image, settings)
     _check_volume(image, settings, extent)
     scale = dict.fromkeys(image.spatial_axes, 1.0)

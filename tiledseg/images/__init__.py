@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import ImageError
 from .assembly import StoredLevel, UnnamedAxesError, assemble_image, check_array, given_axes
 from .image import Image, Level, MemorySource, Source
-from .view import at_level, crop, parse_region
+from .view import at_level, at_region, parse_region
 
 __all__ = [
     "Image",
@@ -25,8 +25,8 @@ __all__ = [
     "Source",
     "UnnamedAxesError",
     "at_level",
+    "at_region",
     "channel_index",
-    "crop",
     "open_image",
     "parse_region",
 ]

@@ -11,7 +11,7 @@ from ..axes import SPATIAL, spatial_axes
 from ..errors import ImageError, SettingsError
 from .image import Image, Level, listed_names
 
-__all__ = ["Bounds", "at_level", "crop", "parse_region"]
+__all__ = ["Bounds", "at_level", "at_region", "parse_region"]
 
 Bounds = Mapping[str, tuple[int | None, int | None]]
 """First and one-past-last pixel per axis, None for the axis's own."""
@@ -102,7 +102,7 @@ def parse_region(text: str, axes: str) -> dict[str, tuple[int | None, int | None
     return bounds
 
 
-def crop(image: Image, bounds: Bounds) -> Image:
+def at_region(image: Image, bounds: Bounds) -> Image:
     """The image cut to a region of level 0.
 
     Parameters
