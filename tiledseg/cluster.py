@@ -145,6 +145,9 @@ class Executor(Protocol):
     def device(self, wanted: str) -> str:
         """The kind of device the work will run on."""
 
+    def ask(self, function: Callable[[], Any]) -> list[Any]:
+        """What a function says in every process that works now."""
+
 
 class ThreadExecutor:
     """Threads of this process: no start-up, for images of a few blocks and machines of a few cores."""
@@ -190,6 +193,10 @@ class ThreadExecutor:
     def device(self, wanted: str) -> str:
         """The kind of device the work will run on."""
         return resolve_device(wanted)
+
+    def ask(self, function: Callable[[], Any]) -> list[Any]:
+        """What a function says in every process that works now."""
+        return [function()]
 
 
 class DaskExecutor:
@@ -277,6 +284,10 @@ class DaskExecutor:
                 "choose one kind with --device cpu or --device cuda."
             )
         return str(kinds.pop())
+
+    def ask(self, function: Callable[[], Any]) -> list[Any]:
+        """What a function says in every process that works now."""
+        return list(self.client.run(function).values())
 
 
 def _error_of(future: Any, result: Any) -> BaseException | None:

@@ -25,14 +25,14 @@ from .inputs import Input, inputs_of, inputs_text
 from .job import Diameter, Job, Moment, Surveyed, grid_of, halo_of
 from .mask import Mask, open_mask
 from .networks.models import Model, find_model
-from .networks.runner import lacks_bfloat16, torch_threads_kept
+from .networks.runner import computes_in_bfloat16, precision_of, torch_threads_kept
 from .omezarr import labels_exist, level_array
 from .pictures import histogram
 from .preflight import Preflight
 from .progress import Listener, Progress
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
 from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
-from .store import DiskStore, MemoryStore
+from .store import DiskStore, MemoryStore, Store
 
 __all__ = ["Report", "Segmentation", "estimate_diameter", "preview", "segment"]
 
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 FEW_BLOCKS = 4
 HALF_A_TILE = 0.5
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -256,8 +257,9 @@ def segment(
         scratch_of(place) as store,
         connect(client, scheduler=scheduler, workers=workers, device=device, small=is_small) as executor,
     ):
-        if segmenter is None:
+        if isinstance(labeller, Model):
             device = executor.device(device)
+            labeller, chosen = _in_precision(labeller, chosen, device, executor, store)
         job = Job(opened, inputs, chosen, labeller, device, store, mask=view.mask)
         preflight = Preflight(opened, inputs, chosen, labeller, place, executor.crew, device)
         given = chosen.survey.diameter_px(opened.spacing_um())
@@ -265,8 +267,6 @@ def segment(
         run_id = reopen(job, place, restart)
         if segmenter is None and device == "cpu" and chosen.flows.device == "auto":
             logger.info("no GPU found: the network runs on the CPU.")
-        if segmenter is None and device == "cpu" and chosen.flows.precision == "bfloat16" and lacks_bfloat16():
-            logger.warning("this CPU does not compute in bfloat16: without --precision bfloat16 it is faster.")
         job = shippable(job, executor)
         return _run(job, preflight, run_id, executor, told, view.pixel)
 
@@ -422,10 +422,29 @@ def _say_what_is_shown(image: Image, settings: Settings, inputs: tuple[Input, ..
 
 
 def _model_of(settings: Settings) -> Model:
-    """The network, with its tiles as far apart and as precise as the settings say."""
+    """The network, with its tiles as far apart as the settings say."""
     flows = settings.flows
-    model = find_model(flows.model, HALF_A_TILE if flows.augment else flows.tile_overlap)
-    return dataclasses.replace(model, precision=flows.precision)
+    return find_model(flows.model, HALF_A_TILE if flows.augment else flows.tile_overlap)
+
+
+def _in_precision(
+    model: Model, settings: Settings, device: str, executor: Executor, store: Store
+) -> tuple[Model, Settings]:
+    """The network and the settings with the precision that all who work compute in."""
+    precision = settings.flows.precision
+    if precision == "auto":
+        # A run that goes on elsewhere goes on in what it began with.
+        began_with = (store.read_json("run.json") or {}).get("settings", {}).get("precision")
+        precision = began_with if began_with in PRECISIONS else "auto"
+    have = executor.ask(computes_in_bfloat16) if device == "cpu" else []
+    if precision == "auto":
+        precision = precision_of(model, device, all(have))
+        if any(have) and not all(have):
+            logger.info("not every worker's CPU computes in bfloat16: the network computes in float32 on all.")
+    if precision == "bfloat16" and not all(have):
+        logger.warning("this CPU does not compute in bfloat16: the network would be faster in float32.")
+    flows = dataclasses.replace(settings.flows, precision=precision)
+    return dataclasses.replace(model, precision=precision), dataclasses.replace(settings, flows=flows)
 
 
 def _n_blocks(image: Image, settings: Settings) -> int:
@@ -509,8 +528,9 @@ def estimate_diameter(
     opened, chosen = view.image, view.settings
     inputs, model = _labeller_of(opened, chosen)
     with connect(small=True) as executor, torch_threads_kept():
-        device = executor.device(chosen.flows.device)
-        job = Job(opened, inputs, chosen, model, device, MemoryStore(), mask=view.mask)
+        device, store = executor.device(chosen.flows.device), MemoryStore()
+        model, chosen = _in_precision(model, chosen, device, executor, store)
+        job = Job(opened, inputs, chosen, model, device, store, mask=view.mask)
         moments = survey.run(job, executor, Progress(progress)).moments
         moment = max(range(len(moments)), key=lambda i: moments[i].diameter.value)
         found = moments[moment].diameter.times(view.pixel)
@@ -581,6 +601,10 @@ def preview(
     crew = _crew(client, scheduler, workers, chosen, is_small)
     device = "cpu" if chosen.flows.device == "cpu" else resolve_device("auto")
     diameter = _expected_diameter(opened, chosen, _model_of(chosen), place)
+    precision = chosen.flows.precision
+    if isinstance(model, Model):
+        here = precision_of(model, device, device == "cpu" and computes_in_bfloat16())
+        model = dataclasses.replace(model, precision=here if precision == "auto" else precision)
     preflight = Preflight(opened, inputs, chosen, model, place, crew, device).settled(diameter.value)
     refused = None
     try:

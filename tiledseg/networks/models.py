@@ -151,7 +151,7 @@ class Model:
     size : SizeModel or None
         For a first guess of the diameter.
     precision : str
-        ``"float32"``, ``"bfloat16"`` or ``"auto"``, see `config.FlowsConfig`.
+        ``"float32"`` or ``"bfloat16"``: what the network computes in.
     """
 
     name: str
@@ -164,7 +164,7 @@ class Model:
     tile: int
     stride: int
     size: SizeModel | None = None
-    precision: str = "auto"
+    precision: str = "float32"
 
 
 def model_folder() -> Path:
