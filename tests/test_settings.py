@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -15,6 +16,8 @@ from skimage.measure import regionprops
 import tiledseg
 from tiledseg.config import Settings
 from tiledseg.errors import SettingsError
+from tiledseg.networks.models import find_model
+from tiledseg.networks.runner import computes_in_bfloat16, precision_of
 from tiledseg.omezarr import write_image
 from tiledseg.slides import synthetic_slide
 
@@ -79,13 +82,46 @@ def test_augmenting_asks_mirrored_tiles_and_does_not_depend_on_blocks(slide: Sli
 
 def test_half_the_precision_finds_the_same_cells_whatever_the_blocks(slide: Slide) -> None:
     image = slide[0][:400, :400]
-    full = labels_of(image)
+    full = labels_of(image, precision="float32")
     whole, blocks = (labels_of(image, precision="bfloat16", block=size) for size in (2048, 130))
     assert not np.array_equal(whole, full)
     assert np.array_equal(whole, blocks)
     score = tiledseg.compare(whole, full).overall
     assert whole.max() == pytest.approx(full.max(), abs=1)
     assert score.ap[2] > 0.97
+
+
+def test_without_a_word_the_network_computes_in_what_the_cpu_has(slide: Slide) -> None:
+    image = slide[0][:200, :200]
+    expected = "bfloat16" if computes_in_bfloat16() else "float32"
+    assert np.array_equal(labels_of(image), labels_of(image, precision=expected))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "device", "has_bfloat16", "expected"),
+    [
+        ("unet", "cpu", True, "bfloat16"),
+        ("unet", "cpu", False, "float32"),
+        ("unet", "cuda", False, "float32"),
+        ("cpsam", "cpu", True, "float32"),
+        ("cpsam", "cuda", False, "bfloat16"),
+    ],
+)
+def test_the_precision_by_network_and_device(architecture: str, device: str, has_bfloat16: bool, expected: str) -> None:
+    model = dataclasses.replace(find_model("tiledseg-nuclei"), architecture=architecture)
+    assert precision_of(model, device, has_bfloat16) == expected
+
+
+@pytest.mark.parametrize("began", ["float32", "bfloat16"])
+def test_a_run_goes_on_in_the_precision_it_began_with(slide: Slide, tmp_path: Path, began: str) -> None:
+    image, out = slide[0][:200, :200], tmp_path / "out.ome.zarr"
+    first = tiledseg.segment(image, out, diameter=DIAMETER, precision=began)
+    again = tiledseg.segment(image, out, diameter=DIAMETER)
+    assert first.report.computed["flows"] > 0
+    assert again.report.computed["flows"] == 0
+    other = "bfloat16" if began == "float32" else "float32"
+    with pytest.raises(SettingsError, match=f"precision was '{began}' and is now '{other}'"):
+        tiledseg.segment(image, out, diameter=DIAMETER, precision=other)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, "much"])

@@ -257,7 +257,7 @@ def segment(
         scratch_of(place) as store,
         connect(client, scheduler=scheduler, workers=workers, device=device, small=is_small) as executor,
     ):
-        if isinstance(labeller, Model):
+        if segmenter is None:
             device = executor.device(device)
             labeller, chosen = _in_precision(labeller, chosen, device, executor, store)
         job = Job(opened, inputs, chosen, labeller, device, store, mask=view.mask)
@@ -428,9 +428,11 @@ def _model_of(settings: Settings) -> Model:
 
 
 def _in_precision(
-    model: Model, settings: Settings, device: str, executor: Executor, store: Store
-) -> tuple[Model, Settings]:
-    """The network and the settings with the precision that all who work compute in."""
+    model: Model | Segmenter, settings: Settings, device: str, executor: Executor, store: Store
+) -> tuple[Model | Segmenter, Settings]:
+    """A network, and the settings, with the precision that all who work compute in."""
+    if not isinstance(model, Model):
+        return model, settings
     precision = settings.flows.precision
     if precision == "auto":
         # A run that goes on elsewhere goes on in what it began with.

@@ -15,6 +15,7 @@ Some five minutes on two cores, half of them to draw the slide; memory for 128 t
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from tiledseg.grid import Lattice, WorkingGrid
 from tiledseg.images import open_image
 from tiledseg.inputs import Input
 from tiledseg.networks.models import find_model
-from tiledseg.networks.runner import load_network, torch_threads_kept
+from tiledseg.networks.runner import computes_in_bfloat16, load_network, precision_of, torch_threads_kept
 from tiledseg.normalisation import WholeRange
 from tiledseg.omezarr import write_image
 from tiledseg.working import read_tile
@@ -50,6 +51,7 @@ def bare_network_s(path: Path, percentiles: tuple[float, float], n_threads: int)
     Tiles are read in rounds that are not timed: what is timed is the network on tiles in memory.
     """
     image, model = open_image(path), find_model("tiledseg-nuclei")
+    model = dataclasses.replace(model, precision=precision_of(model, "cpu", computes_in_bfloat16()))
     working = WorkingGrid.for_diameter(label_shape(image), DIAMETER, model.diam_mean)
     lattice = Lattice(working.shape, model.tile, model.stride)
     network, shown = load_network(model, "cpu"), [(Input((0,)), WholeRange(*percentiles))]

@@ -132,7 +132,8 @@ def precision_of(model: Model, device: str, has_bfloat16: bool) -> str:
         there it is 1.6 to 2.1 times as fast, and finds the same cells. ``"float32"`` otherwise.
     """
     is_unet = model.architecture == "unet"
-    return "bfloat16" if (device == "cpu" and is_unet and has_bfloat16) or (device == "cuda" and not is_unet) else "float32"
+    is_half = has_bfloat16 if is_unet and device == "cpu" else not is_unet and device == "cuda"
+    return "bfloat16" if is_half else "float32"
 
 
 @contextlib.contextmanager
