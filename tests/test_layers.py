@@ -10,7 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tiledseg"
 
 ROWS = [
-    {"errors", "images.damage", "images.units"},
+    {"errors", "patience", "images.units"},
+    {"disk", "images.damage"},
+    {"folders", "lock"},
     {
         "axes",
         "cores",

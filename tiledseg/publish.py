@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
+from .disk import settle
 from .frames import read_channels
 from .grid import Index, Region, overlap, region_shape, shift
 from .job import Job
@@ -150,7 +151,7 @@ def write_table(_: int, job: Job) -> dict[str, Any]:
         with pyarrow.parquet.ParquetWriter(draft, _rows_of(job, _no_parts(job)).schema) as writer:
             for parts in _parts_by_id(job):
                 writer.write_table(_rows_of(job, parts))
-        draft.replace(job.table)
+        settle(draft, job.table)
     return {"peak": peak_memory()}
 
 
@@ -158,10 +159,12 @@ def _describe_table(job: Job) -> None:
     """Make the table's groups, with the attributes by which ngio and Fractal know a feature table."""
     import zarr
 
+    from .folders import new_folder
+
     if job.plan is None:
         return
     zarr_format: Any = job.plan.zarr_format
-    tables = zarr.open_group(job.plan.root / "tables", mode="a", zarr_format=zarr_format)
+    tables = zarr.open_group(new_folder(job.plan.root / "tables"), mode="a", zarr_format=zarr_format)
     listed: Any = tables.attrs.get("tables", [])
     tables.attrs["tables"] = sorted({*listed, job.plan.name})
     tables.require_group(job.plan.name).attrs.update(
