@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from .patience import patiently
+from .waiting import patiently
 
 __all__ = ["DRAFTS", "make_folders", "make_home", "settle", "sweep", "sync_folder", "write_whole"]
 
@@ -83,7 +83,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], home: Path, dra
     write : callable
         Writes the content; called again if the store was gone.
     home : Path
-        There as long as the store is, see `patience`.
+        There as long as the store is, see `waiting`.
     drafts : Path, optional
         Folder on the same file system, below `home`; default that of the file.
 

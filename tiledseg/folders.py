@@ -1,4 +1,4 @@
-"""Zarr's store in a folder, with files that last (disk.py), and waited for while it is gone (patience.py)."""
+"""Zarr's store in a folder, with files that last (disk.py), and waited for while it is gone (waiting.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from zarr.storage import LocalStore
 
 from .disk import make_home, write_whole
-from .patience import Patience
+from .waiting import Patience
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
@@ -30,7 +30,7 @@ class FolderStore(LocalStore):
         Of an array or group; not made here, see `make_folders`.
     read_only : bool
     home : Path, optional
-        There as long as the store is, see `patience`; default `root`.
+        There as long as the store is, see `waiting`; default `root`.
     drafts : Path, optional
         Folder to write files in before they get their name; default that of the file.
     """

@@ -17,7 +17,7 @@ from typing import Any
 from . import flows, masks, publish, stitch, survey
 from .cluster import Crew, Executor, connect, crew_of, peak_memory, resolve_device
 from .config import MasksConfig, Settings
-from .errors import OutputError, SettingsError
+from .errors import OutputError, ScratchError, SettingsError
 from .frames import Extent, anisotropy_of, extent_of, label_shape
 from .grid import WorkingGrid
 from .images import Image, at_level, at_region, open_image, parse_region
@@ -30,6 +30,7 @@ from .omezarr import labels_exist, level_array
 from .pictures import histogram
 from .preflight import Preflight
 from .progress import Listener, Progress
+from .repair import forget
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
 from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
 from .store import DiskStore, MemoryStore
@@ -271,16 +272,27 @@ def segment(
         return _run(job, preflight, run_id, executor, told, view.pixel)
 
 
+@contextlib.contextmanager
+def _repaired(jobs: list[Job]) -> Iterator[None]:
+    """Have what is damaged in the scratch of the last of some jobs computed again when the run is started again."""
+    try:
+        yield
+    except ScratchError as error:
+        raise forget(jobs[-1], error) from error
+
+
 def _run(
     job: Job, preflight: Preflight, run_id: str, executor: Executor, progress: Progress, pixel: float
 ) -> Segmentation:
     """The five stages, the first two for a network only."""
     place = preflight.place
-    with torch_threads_kept(), _kernels(job, executor) as are_ready:
+    states = [job]
+    with torch_threads_kept(), _repaired(states), _kernels(job, executor) as are_ready:
         job = dataclasses.replace(job, table=place.table, plan=place.plan)
         tiles = {"n_tiles": 0, "n_skipped": 0}
         if job.segmenter is None:
             job = dataclasses.replace(job, surveyed=survey.run(job, executor, progress))
+            states.append(job)
             _check_geometry(job.labeller, job.settings, job.image, job.found.diameter.value)
         known = None if job.diameter is None else job.diameter.value
         preflight = preflight.settled(known)
@@ -288,6 +300,7 @@ def _run(
         masks_settings = dataclasses.replace(job.settings.masks, block=preflight.settings.masks.block)
         job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, masks=masks_settings))
         job = dataclasses.replace(job, labels=labels_folder(job, place, run_id))
+        states.append(job)
         if job.segmenter is None:
             tiles = flows.run(job, executor, progress)
         are_ready()

@@ -18,7 +18,7 @@ process that hands out the work appends a line after a piece is stored. A piece 
 not yet noted when the process died is computed again, to the same bits.
 
 What a task writes is on the disk when the task ends, and so before it is marked as done (disk.py). A store that
-is gone for a while is waited for (patience.py). What turns out to be damaged is named by a `ScratchError`, for
+is gone for a while is waited for (waiting.py). What turns out to be damaged is named by a `ScratchError`, for
 repair.py to take back its mark.
 """
 
@@ -40,7 +40,7 @@ from .disk import DRAFTS, make_folders, make_home, sweep, sync_folder, write_who
 from .errors import OutputError, ScratchError
 from .images.damage import BAD_FILE, failing_chunks
 from .lock import LOCK
-from .patience import is_stored, patiently
+from .waiting import is_stored, patiently
 
 __all__ = ["DiskStore", "MemoryStore", "Store", "as_output_error", "disk_errors"]
 
