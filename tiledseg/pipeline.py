@@ -269,16 +269,10 @@ def segment(
         if segmenter is None and device == "cpu" and chosen.flows.precision == "bfloat16" and lacks_bfloat16():
             logger.warning("this CPU does not compute in bfloat16: without --precision bfloat16 it is faster.")
         job = shippable(job, executor)
-        return _run(job, preflight, run_id, executor, told, view.pixel)
-
-
-@contextlib.contextmanager
-def _repaired(jobs: list[Job]) -> Iterator[None]:
-    """Have what is damaged in the scratch of the last of some jobs computed again when the run is started again."""
-    try:
-        yield
-    except ScratchError as error:
-        raise forget(jobs[-1], error) from error
+        try:
+            return _run(job, preflight, run_id, executor, told, view.pixel)
+        except ScratchError as error:
+            raise forget(job, error) from error
 
 
 def _run(
@@ -286,13 +280,11 @@ def _run(
 ) -> Segmentation:
     """The five stages, the first two for a network only."""
     place = preflight.place
-    states = [job]
-    with torch_threads_kept(), _repaired(states), _kernels(job, executor) as are_ready:
+    with torch_threads_kept(), _kernels(job, executor) as are_ready:
         job = dataclasses.replace(job, table=place.table, plan=place.plan)
         tiles = {"n_tiles": 0, "n_skipped": 0}
         if job.segmenter is None:
             job = dataclasses.replace(job, surveyed=survey.run(job, executor, progress))
-            states.append(job)
             _check_geometry(job.labeller, job.settings, job.image, job.found.diameter.value)
         known = None if job.diameter is None else job.diameter.value
         preflight = preflight.settled(known)
@@ -300,7 +292,6 @@ def _run(
         masks_settings = dataclasses.replace(job.settings.masks, block=preflight.settings.masks.block)
         job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, masks=masks_settings))
         job = dataclasses.replace(job, labels=labels_folder(job, place, run_id))
-        states.append(job)
         if job.segmenter is None:
             tiles = flows.run(job, executor, progress)
         are_ready()

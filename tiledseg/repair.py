@@ -7,6 +7,7 @@ again, computes that piece to the same bits and goes on; what was made of it bef
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import PurePosixPath
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from .errors import ScratchError
 from .grid import Index
-from .job import Job
+from .job import Job, Surveyed
 
 __all__ = ["forget"]
 
@@ -37,7 +38,7 @@ def forget(job: Job, error: ScratchError) -> ScratchError:
     Parameters
     ----------
     job : Job
-        Whose scratch it is, with the folder of its labels.
+        Whose scratch it is.
     error : ScratchError
         Names the file.
 
@@ -46,38 +47,45 @@ def forget(job: Job, error: ScratchError) -> ScratchError:
     error : ScratchError
         That says what to do now.
     """
-    path = PurePosixPath(error.file)
+    path, store = PurePosixPath(error.file), job.store
     if path.name in DOCUMENTS or path.name == "zarr.json":
-        job.store.remove(error.file)
+        store.remove(error.file)
     elif path.parts[0] == "survey.zarr":
-        job.store.remove("survey.json")
-        job.store.unmark("survey", job.store.done("survey"))
-    elif path.parent == PurePosixPath(job.labels, "ids"):
-        job.store.remove(f"{job.labels}/stitch.json")
+        store.remove("survey.json")
+        store.unmark("survey", store.done("survey"))
+    elif path.parent.name == "ids":
+        store.remove(str(path.parent.parent / "stitch.json"))
     else:
-        piece = _piece_of(job, path)
+        piece = _chunk_of_flows(job, path) if path.parts[0] == "flows.zarr" else _piece_of_labels(path)
         if piece is None:
             return error
-        job.store.unmark(piece[0], [piece[1]])
+        store.unmark(piece[0], [piece[1]])
     folder, file, why, _ = error.args
     return ScratchError(folder, file, why, "run the same command again: only what is lost is computed again.")
 
 
-def _piece_of(job: Job, path: PurePosixPath) -> tuple[str, int] | None:
-    """The stage and the piece that wrote a file, None if that is not known."""
+def _chunk_of_flows(job: Job, path: PurePosixPath) -> tuple[str, int] | None:
+    """The stage, and the piece that a file of the flows holds."""
+    document = job.store.read_json("survey.json")
+    if document is None:
+        return None
     before = 0
-    for sheet in job.sheets if job.segmenter is None and job.surveyed is not None else ():
+    for sheet in dataclasses.replace(job, surveyed=Surveyed.from_json(document)).sheets:
         if PurePosixPath(sheet.name) in path.parents:
             index = _chunk_index(path)[: len(sheet.chunk_counts)]
             return "flows", before + int(np.ravel_multi_index(index, sheet.chunk_counts))
         before += math.prod(sheet.chunk_counts)
-    if job.labels and PurePosixPath(job.labels) in path.parents:
-        kind = path.relative_to(job.labels).parts[0]
-        if kind == "labels.zarr":
-            return f"{job.labels}/masks", _chunk_index(path)[0]
-        if kind in STAGES:
-            return f"{job.labels}/{STAGES[kind]}", int(path.stem)
     return None
+
+
+def _piece_of_labels(path: PurePosixPath) -> tuple[str, int] | None:
+    """The stage and the piece that wrote a file in a folder of labels."""
+    if len(path.parts) < 3 or not path.parts[0].startswith("masks-"):
+        return None
+    folder, kind = path.parts[:2]
+    if kind == "labels.zarr":
+        return f"{folder}/masks", _chunk_index(path)[0]
+    return (f"{folder}/{STAGES[kind]}", int(path.stem)) if kind in STAGES else None
 
 
 def _chunk_index(path: PurePosixPath) -> Index:
