@@ -33,18 +33,27 @@ class FolderStore(LocalStore):
         There as long as the store is, see `waiting`; default `root`.
     drafts : Path, optional
         Folder to write files in before they get their name; default that of the file.
+    is_full : bool
+        Every chunk is there: one that is missing is lost, and not taken for zeros.
     """
 
     def __init__(
-        self, root: Path | str, *, read_only: bool = False, home: Path | None = None, drafts: Path | None = None
+        self,
+        root: Path | str,
+        *,
+        read_only: bool = False,
+        home: Path | None = None,
+        drafts: Path | None = None,
+        is_full: bool = False,
     ) -> None:
         super().__init__(Path(root), read_only=read_only)
         self.home = home or self.root
         self.drafts = drafts
+        self.is_full = is_full
 
     def with_read_only(self, read_only: bool = False) -> FolderStore:
         """The same folder."""
-        return type(self)(self.root, read_only=read_only, home=self.home, drafts=self.drafts)
+        return type(self)(self.root, read_only=read_only, home=self.home, drafts=self.drafts, is_full=self.is_full)
 
     async def _open(self, **_: Any) -> None:
         """Nothing is made: a folder that is missing may be gone for a while."""
@@ -65,6 +74,7 @@ class FolderStore(LocalStore):
                 try:
                     await asyncio.sleep(patience.pause(error))
                 except FileNotFoundError:
+                    self._refuse_missing(key)
                     return None
             else:
                 patience.end()
@@ -83,10 +93,16 @@ class FolderStore(LocalStore):
                 try:
                     time.sleep(patience.pause(error))
                 except FileNotFoundError:
+                    self._refuse_missing(key)
                     return None
             else:
                 patience.end()
                 return value
+
+    def _refuse_missing(self, key: str) -> None:
+        """Refuse to take a chunk that is not there for zeros."""
+        if self.is_full and key.startswith("c/"):
+            raise ValueError(f"{self.root / key} is missing")
 
     def _checked(self, value: Buffer | None, key: str, byte_range: ByteRequest | None) -> Buffer:
         """What was read; a file without a byte, which zarr takes for zeros, is refused."""

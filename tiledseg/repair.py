@@ -60,6 +60,8 @@ def forget(job: Job, error: ScratchError) -> ScratchError:
         if piece is None:
             return error
         store.unmark(piece[0], [piece[1]])
+        # A chunk that is written in part is read before.
+        store.remove(error.file)
     folder, file, why, _ = error.args
     return ScratchError(folder, file, why, "run the same command again: only what is lost is computed again.")
 

@@ -39,7 +39,7 @@ __all__ = ["Place", "fingerprint", "is_shippable", "labels_folder", "place_of", 
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 """Of the scratch; another number means that what is there cannot be continued."""
 
 LARGE_ARRAY = 2**28

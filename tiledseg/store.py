@@ -13,7 +13,7 @@ Layout of the scratch folder, the only home of these names::
     .drafts                  files that are being written
     lock                     held by the process that hands out the work, see lock.py
 
-An array in Zarr tells nothing of a chunk that is all zero, so done-marks are kept apart: the
+Done-marks are kept apart from the arrays: the
 process that hands out the work appends a line after a piece is stored. A piece that was stored but
 not yet noted when the process died is computed again, to the same bits.
 
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
@@ -185,11 +186,11 @@ class DiskStore:
     def _drafts(self) -> Path:
         return self.path / DRAFTS
 
-    def _array(self, name: str) -> Any:
+    def _array(self, name: str, is_full: bool = False) -> Any:
         """The folder of an array as a Zarr store."""
         from .folders import FolderStore
 
-        return FolderStore(self.path / name, home=self.path, drafts=self._drafts)
+        return FolderStore(self.path / name, home=self._home, drafts=self._drafts, is_full=is_full)
 
     def _make(self) -> None:
         """Make the folder on first use."""
@@ -231,10 +232,15 @@ class DiskStore:
 
     def open(self, name: str) -> Array:
         """An array made before."""
+        return _StoredArray(self, name)
+
+    def open_zarr(self, name: str, to_read: bool) -> Any:
+        """The same as zarr has it: every chunk is stored, also one of zeros, and must be there when it is read."""
         import zarr
 
         with self._whole(f"{name}/zarr.json"):
-            return _StoredArray(zarr.open_array(self._array(name), mode="r+"), self.path, name)
+            store = self._array(name, is_full=to_read)
+            return zarr.open_array(store, mode="r+", config={"write_empty_chunks": True})
 
     def save(self, name: str, values: npt.NDArray[Any]) -> None:
         """Store a small array whole; it is there completely or not at all."""
@@ -345,33 +351,49 @@ class DiskStore:
 
 
 class _StoredArray:
-    """An array of the scratch; reading a chunk that is damaged names its file."""
+    """An array of the scratch, opened when it is used; reading a chunk that is damaged or missing names its file."""
 
-    def __init__(self, array: Any, folder: Path, name: str) -> None:
-        self._array, self._folder, self._name = array, folder, name
-        self.shape: tuple[int, ...] = array.shape
-        self.chunks: tuple[int, ...] = array.chunks
-        self.dtype: np.dtype[Any] = array.dtype
+    def __init__(self, store: DiskStore, name: str) -> None:
+        self._store, self._name = store, name
+
+    @functools.cached_property
+    def _read(self) -> Any:
+        return self._store.open_zarr(self._name, to_read=True)
+
+    @functools.cached_property
+    def _written(self) -> Any:
+        # A chunk that is written in part is read before, and may not be there yet.
+        return self._store.open_zarr(self._name, to_read=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole array."""
+        shape: tuple[int, ...] = self._read.shape
+        return shape
 
     def __getitem__(self, region: Any) -> npt.NDArray[Any]:
         try:
-            return np.asarray(self._array[region])
+            return np.asarray(self._read[region])
         except BAD_FILE as error:
-            if not _is_damage(error):
+            if not _is_damage(error) or isinstance(error, ScratchError):
                 raise
-            parts = region if isinstance(region, tuple) else (region,)
-            parts = (*parts, *(slice(None),) * (len(self.shape) - len(parts)))
-            bounds = [
-                slice(*part.indices(n)[:2]) if isinstance(part, slice) else int(part)
-                for part, n in zip(parts, self.shape, strict=True)
-            ]
-            failing = failing_chunks(self._array, bounds)
+            failing = failing_chunks(self._read, _bounds(region, self.shape))
             if not failing:
                 raise
-            raise ScratchError(self._folder, f"{self._name}/{failing[0]}", error) from error
+            raise ScratchError(self._store.path, f"{self._name}/{failing[0]}", error) from error
 
     def __setitem__(self, region: Any, values: Any) -> None:
-        self._array[region] = values
+        self._written[region] = values
+
+
+def _bounds(region: Any, shape: tuple[int, ...]) -> list[slice | int]:
+    """What a selection touches along each axis."""
+    parts = region if isinstance(region, tuple) else (region,)
+    parts = (*parts, *(slice(None),) * (len(shape) - len(parts)))
+    return [
+        slice(*part.indices(n)[:2]) if isinstance(part, slice) else int(part)
+        for part, n in zip(parts, shape, strict=True)
+    ]
 
 
 def _is_damage(error: BaseException) -> bool:
