@@ -277,6 +277,7 @@ def test_nothing_is_lost(
         check_all_was_begun(scene, undisturbed(scene))
 
 
+@pytest.mark.slow
 def test_a_task_that_always_kills_its_worker_is_named_and_the_rest_kept(
     image_path: Path, folder: Path, client: Any, sabotaged: Callable[..., None], undisturbed: Undisturbed
 ) -> None:

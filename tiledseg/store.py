@@ -340,7 +340,7 @@ class DiskStore:
                 path.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Delete the whole scratch; only the lock stays while it is held."""
+        """Delete the whole scratch but for its lock."""
         for path in [path for path in self.path.glob("*") if path.name != LOCK]:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -406,8 +406,9 @@ def as_output_error(error: OSError, where: object) -> OutputError:
     advice = "see that it can be reached and written to"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         advice = "free some space or choose another folder (-o, --scratch)"
+    verb = "reach" if isinstance(error, TimeoutError) else "write"
     return OutputError(
-        f"cannot write {where}: {error.strerror or error}; {advice}, then run the same command again: what is done "
+        f"cannot {verb} {where}: {error.strerror or error}; {advice}, then run the same command again: what is done "
         "is kept."
     )
 
