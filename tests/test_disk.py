@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import zarr
 
 from tiledseg import waiting
 from tiledseg.disk import make_folders, sweep, write_whole
-from tiledseg.errors import OutputError
+from tiledseg.errors import OutputError, ScratchError
 from tiledseg.folders import FolderStore, new_folder
 from tiledseg.lock import locked
 from tiledseg.store import DiskStore
@@ -154,6 +155,19 @@ def test_what_is_not_a_folder_cannot_be_locked(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"cannot write .*lock: .*; choose another folder"), locked(tmp_path / "file"):
         pass
+
+
+def test_a_damaged_file_is_named_also_from_another_process(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    store.save("a/3", np.arange(4))
+    (tmp_path / "a" / "3.npy").write_bytes(b"")
+    with pytest.raises(ScratchError) as caught:
+        store.load("a/3")
+    sent = pickle.loads(pickle.dumps(caught.value))
+    assert sent.file == "a/3.npy"
+    assert str(sent) == str(caught.value)
+    assert str(sent).startswith(f"a/3.npy of the scratch {tmp_path} is damaged or missing (")
+    assert str(sent).endswith("); run the same command again with --restart.")
 
 
 def test_a_mark_is_taken_back(tmp_path: Path) -> None:

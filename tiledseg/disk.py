@@ -23,6 +23,10 @@ __all__ = ["DRAFTS", "make_folders", "make_home", "settle", "sweep", "sync_folde
 
 DRAFTS = ".drafts"
 """Name of the folder that files are written in before they get their name."""
+MOST_KNOWN = 2**14
+
+_lasting: set[tuple[str, int]] = set()
+"""Folders, with their inode, whose names and those of all above them are on the disk."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -113,10 +117,16 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], home: Path, dra
 
 
 def _sync_up(folder: Path, home: Path) -> None:
-    """Sync a folder and those above it up to its home: another writer may have made one and not yet synced it."""
+    """Sync a folder and, unless this process did so before, those above it up to its home: another writer may have
+    made one of them and not yet synced it."""
     sync_folder(folder)
-    if folder not in (home, folder.parent):
-        _sync_up(folder.parent, home)
+    known = str(folder), folder.stat().st_ino
+    if known in _lasting or folder in (home, folder.parent):
+        return
+    _sync_up(folder.parent, home)
+    if len(_lasting) >= MOST_KNOWN:
+        _lasting.clear()
+    _lasting.add(known)
 
 
 def sweep(*folders: Path) -> None:
