@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -441,6 +442,22 @@ def test_a_damaged_file_of_the_scratch_is_named_and_its_piece_computed_again(
     found = scene.run()
     assert (found.report.kept[stage], found.report.computed[stage]) == (n_done - n_again, n_again)
     check(scene, found, undisturbed(scene))
+
+
+def test_labels_that_are_damaged_before_their_pyramid_is_made_are_published_again(
+    pictures: npt.NDArray[np.uint16], folder: Path, undisturbed: Undisturbed
+) -> None:
+    scene = Scene(folder / "out.ome.zarr", folder, True)
+    write_image(scene.image, pictures, axes="tyx", n_levels=2)
+    scene.run_until("publish", 1)
+    labels = scene.output / "labels" / "cells"
+    sabotage.cut(labels / "0" / "c" / "2" / "0" / "0")
+    with pytest.raises(OutputError, match=rf"chunk c/2/0/0 of {labels}/0 is damaged .*; delete {labels}, then run"):
+        scene.run()
+    shutil.rmtree(labels)
+    found = scene.run()
+    assert found.report.computed["masks"] == found.report.computed["stitch"] == 0
+    assert np.array_equal(found.labels.compute(), undisturbed(scene).labels.compute())
 
 
 def test_what_killed_writers_left_is_swept(image_path: Path, folder: Path, undisturbed: Undisturbed) -> None:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from ..disk import DRAFTS, sweep
 from ..errors import ImageError, OutputError, SettingsError
 from ..images import Image, open_image
+from ..images.damage import BAD_FILE, failing_chunks
 from .groups import (
     FORMATS,
     check_writable,
@@ -48,6 +49,7 @@ __all__ = [
     "level_array",
     "open_labels",
     "plan_labels",
+    "read_level",
     "remove_labels",
 ]
 
@@ -244,6 +246,39 @@ def level_array(plan: LabelsPlan, level: int) -> Any:
         return zarr.open_array(store, mode="r+", zarr_format=zarr_format(plan.version))
     except (OSError, ValueError, KeyError) as error:
         raise OutputError(f"{plan.path}/{level} cannot be opened ({error}); start the run again.") from error
+
+
+def read_level(plan: LabelsPlan, level: int, region: tuple[slice, ...]) -> npt.NDArray[np.uint32]:
+    """Read what was published.
+
+    Parameters
+    ----------
+    plan : LabelsPlan
+    level : int
+        0 is full size.
+    region : tuple of slice
+        One per axis, step 1, inside the level.
+
+    Returns
+    -------
+    labels : array of uint32, shape of `region`
+
+    Raises
+    ------
+    OutputError
+        If a chunk is damaged, or the level is not there.
+    """
+    array = level_array(plan, level)
+    try:
+        labels: npt.NDArray[np.uint32] = np.asarray(array[region])
+    except BAD_FILE as error:
+        if isinstance(error, OSError | MemoryError):
+            raise
+        raise OutputError(
+            f"chunk {', '.join(failing_chunks(array, region)) or region} of {plan.path}/{level} is damaged ({error}); "
+            f"delete {plan.path}, then run the same command again: labels are published again from what is done."
+        ) from error
+    return labels
 
 
 def finish_labels(plan: LabelsPlan) -> None:
