@@ -183,3 +183,10 @@ def test_scale_judges_the_largest_beside_the_smallest() -> None:
     for worker, client, n_missed in ((980.0, 990.0, 0), (1000.0, 990.0, 1), (1000.0, 1001.0, 2), (1101.0, 1001.0, 3)):
         last = {**first, "size": "8192²", "worker MiB": worker, "client MiB": client, "objects": 40}
         assert sum(not target.is_met for target in scale.targets_of([first, last])) == n_missed
+
+
+def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script("files").main(["--folder", str(tmp_path), "--blocks", "1"])
+    said = capsys.readouterr().out
+    assert [line.split("  ")[0] for line in said.splitlines()[1:4]] == ["block of 25 chunks", "small array", "mark"]
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tiledseg"
 
 ROWS = [
-    {"errors", "images.damage", "images.units"},
+    {"errors", "waiting", "images.units"},
+    {"disk", "images.damage"},
+    {"folders", "lock"},
     {
         "axes",
         "cores",
@@ -39,7 +41,7 @@ ROWS = [
     {"job", "networks.runner"},
     {"rates"},
     {"survey", "flows", "masks", "stitch", "publish"},
-    {"runs"},
+    {"runs", "repair"},
     {"preflight"},
     {"pipeline"},
     {"training.pairs"},

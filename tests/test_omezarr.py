@@ -286,12 +286,14 @@ def test_anything_in_the_way_exists(image_of):
 def test_leftovers_of_killed_writers_are_swept(image_of):
     plan = plan_labels(image_of(), None, "cells", None)
     create_labels(plan, attributes={})
-    (plan.path / "0/c").mkdir(exist_ok=True)
-    (plan.path / "0/c/3.f00.partial").write_bytes(b"torn")
+    (plan.path / "0/.drafts").mkdir(exist_ok=True)
+    (plan.path / "0/.drafts/f00.partial").write_bytes(b"torn")
+    (plan.path / "f00.partial").write_bytes(b"torn")
     image_chunk = plan.root / "0/c/0/9.f00.partial"
     image_chunk.write_bytes(b"of someone else")
     finish_labels(plan)
     assert list(plan.root.rglob("*.partial")) == [image_chunk]
+    assert not (plan.path / "0/.drafts").exists()
 
 
 def test_steps_out_of_order(image_of):

@@ -10,6 +10,7 @@ __all__ = [
     "ImageError",
     "ModelError",
     "OutputError",
+    "ScratchError",
     "SegmenterError",
     "SettingsError",
     "TiledsegError",
@@ -38,6 +39,32 @@ class DeviceError(TiledsegError, RuntimeError):
 
 class OutputError(TiledsegError, OSError):
     """The result cannot be written where it was asked for."""
+
+
+class ScratchError(TiledsegError, ValueError):
+    """A file of the scratch is missing or damaged.
+
+    Parameters
+    ----------
+    folder : path
+        The scratch.
+    file : str
+        Path in it.
+    why : object
+        What reading it said.
+    advice : str
+        What to do.
+    """
+
+    def __init__(
+        self, folder: object, file: str, why: object, advice: str = "run the same command again with --restart."
+    ) -> None:
+        super().__init__(str(folder), file, str(why).rstrip("."), advice)
+        self.file = file
+
+    def __str__(self) -> str:
+        folder, file, why, advice = self.args
+        return f"{file} of the scratch {folder} is damaged or missing ({why}); {advice}"
 
 
 class SegmenterError(TiledsegError, RuntimeError):

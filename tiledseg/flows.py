@@ -5,8 +5,8 @@ Reads
 Writes
     ``flows.zarr``: for each orientation of the planes that the network sees (one in a picture, three in a
     volume) and each chunk of its lattice the weighted sum of its tiles, in float16: flow along both axes of
-    the plane, then the cell logit above its floor. 0 means "nothing here", so a chunk in which nothing was
-    computed need not be stored.
+    the plane, then the cell logit above its floor. 0 means "nothing here"; a chunk in which nothing was
+    computed is stored all the same, so that one that is lost is not taken for it.
 Parallel over
     Chunks of the lattices, of all frames.
 """
@@ -78,14 +78,13 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
     in_image = [working.region_in_image(lattice.tile_region(tile)) for tile in tiles]
     seen = job.may_hold_cells([frame_region(frame, region) for region in in_image])
     wanted = list(itertools.compress(tiles, seen))
-    if wanted:
-        whole = lattice.piece_region(chunk)
-        piece = np.zeros((N_OUTPUTS, *lattice.piece_shape), np.float16)
-        for group in _groups(lattice, wanted):
-            part = _planes_of(lattice, whole, group)
-            outputs = _predict(job, sheet, frame, group)
-            piece[(slice(None), *shift(part, tuple(p.start for p in whole)))] = process_block(outputs, lattice, part)
-        job.store.open(sheet.name)[index] = piece
+    whole = lattice.piece_region(chunk)
+    piece = np.zeros((N_OUTPUTS, *lattice.piece_shape), np.float16)
+    for group in _groups(lattice, wanted) if wanted else ():
+        part = _planes_of(lattice, whole, group)
+        outputs = _predict(job, sheet, frame, group)
+        piece[(slice(None), *shift(part, tuple(p.start for p in whole)))] = process_block(outputs, lattice, part)
+    job.store.open(sheet.name)[index] = piece
     return {"n_tiles": len(wanted), "n_skipped": len(tiles) - len(wanted), "peak": peak_memory()}
 
 

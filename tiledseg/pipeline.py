@@ -17,7 +17,7 @@ from typing import Any
 from . import flows, masks, publish, stitch, survey
 from .cluster import Crew, Executor, connect, crew_of, peak_memory, resolve_device
 from .config import MasksConfig, Settings
-from .errors import OutputError, SettingsError
+from .errors import OutputError, ScratchError, SettingsError
 from .frames import Extent, anisotropy_of, extent_of, label_shape
 from .grid import WorkingGrid
 from .images import Image, at_level, at_region, open_image, parse_region
@@ -30,6 +30,7 @@ from .omezarr import labels_exist, level_array
 from .pictures import histogram
 from .preflight import Preflight
 from .progress import Listener, Progress
+from .repair import forget
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
 from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
 from .store import DiskStore, MemoryStore, Store
@@ -268,7 +269,10 @@ def segment(
         if segmenter is None and device == "cpu" and chosen.flows.device == "auto":
             logger.info("no GPU found: the network runs on the CPU.")
         job = shippable(job, executor)
-        return _run(job, preflight, run_id, executor, told, view.pixel)
+        try:
+            return _run(job, preflight, run_id, executor, told, view.pixel)
+        except ScratchError as error:
+            raise forget(job, error) from error
 
 
 def _run(

@@ -23,11 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
+from .disk import settle
 from .frames import read_channels
 from .grid import Index, Region, overlap, region_shape, shift
 from .job import Job
 from .objects import measure_objects
-from .omezarr import finish_labels, level_array
+from .omezarr import finish_labels, level_array, read_level
 from .progress import Progress
 
 __all__ = ["process_block", "region_sides", "run", "table_of"]
@@ -130,12 +131,13 @@ def _region_labels(job: Job, region: Region) -> tuple[npt.NDArray[np.int32], npt
 
 def shrink_region(position: int, job: Job, level: int) -> dict[str, Any]:
     """Task: write one region of a pyramid level: every second pixel of the level below."""
+    if job.plan is None:
+        raise RuntimeError("labels in memory have no pyramid")
     array, regions = _level(job, level)
-    finer, _ = _level(job, level - 1)
-    region = regions[position]
-    steps = [-(-a // b) for a, b in zip(finer.shape, array.shape, strict=True)]
-    wide = tuple(slice(p.start * s, min(p.stop * s, m)) for p, s, m in zip(region, steps, finer.shape, strict=True))
-    array[region] = finer[wide][tuple(slice(None, None, s) for s in steps)]
+    region, finer = regions[position], job.plan.level_shape(level - 1)
+    steps = [-(-a // b) for a, b in zip(finer, array.shape, strict=True)]
+    wide = tuple(slice(p.start * s, min(p.stop * s, m)) for p, s, m in zip(region, steps, finer, strict=True))
+    array[region] = read_level(job.plan, level - 1, wide)[tuple(slice(None, None, s) for s in steps)]
     return {"peak": peak_memory()}
 
 
@@ -150,7 +152,7 @@ def write_table(_: int, job: Job) -> dict[str, Any]:
         with pyarrow.parquet.ParquetWriter(draft, _rows_of(job, _no_parts(job)).schema) as writer:
             for parts in _parts_by_id(job):
                 writer.write_table(_rows_of(job, parts))
-        draft.replace(job.table)
+        settle(draft, job.table)
     return {"peak": peak_memory()}
 
 
@@ -158,10 +160,12 @@ def _describe_table(job: Job) -> None:
     """Make the table's groups, with the attributes by which ngio and Fractal know a feature table."""
     import zarr
 
+    from .folders import new_folder
+
     if job.plan is None:
         return
     zarr_format: Any = job.plan.zarr_format
-    tables = zarr.open_group(job.plan.root / "tables", mode="a", zarr_format=zarr_format)
+    tables = zarr.open_group(new_folder(job.plan.root / "tables"), mode="a", zarr_format=zarr_format)
     listed: Any = tables.attrs.get("tables", [])
     tables.attrs["tables"] = sorted({*listed, job.plan.name})
     tables.require_group(job.plan.name).attrs.update(

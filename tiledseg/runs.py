@@ -30,6 +30,7 @@ from .errors import OutputError, SettingsError
 from .frames import image_region, label_axes, label_shape
 from .images import Image, MemorySource, open_image
 from .job import Job
+from .lock import locked
 from .omezarr import LabelsPlan, create_labels, labels_exist, plan_labels, remove_labels
 from .segmenters import APPLICABLE
 from .store import DiskStore, MemoryStore, Store
@@ -38,7 +39,7 @@ __all__ = ["Place", "fingerprint", "is_shippable", "labels_folder", "place_of", 
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 """Of the scratch; another number means that what is there cannot be continued."""
 
 LARGE_ARRAY = 2**28
@@ -94,16 +95,22 @@ def place_of(image: Image, output: Any, scratch: Any, settings: Settings) -> Pla
 
 @contextlib.contextmanager
 def scratch_of(place: Place) -> Iterator[Store]:
-    """The scratch; a folder made by a run that failed before anything was computed goes again."""
-    is_new = place.scratch is not None and not place.scratch.exists()
-    try:
-        yield place.store
-    except BaseException:
-        if is_new and place.scratch is not None and not _holds_results(place.scratch):
-            if place.plan is not None and (place.scratch / LABELS_RECORD).exists():
-                remove_labels(place.plan)
-            shutil.rmtree(place.scratch, ignore_errors=True)
-        raise
+    """The scratch, locked; a folder made by a run that failed before anything was computed goes again."""
+    store = place.store
+    if not isinstance(store, DiskStore):
+        yield store
+        return
+    is_new = not store.path.exists()
+    with locked(store.path):
+        try:
+            store.begin()
+            yield store
+        except BaseException:
+            if is_new and not _holds_results(store.path):
+                if place.plan is not None and (store.path / LABELS_RECORD).exists():
+                    remove_labels(place.plan)
+                shutil.rmtree(store.path, ignore_errors=True)
+            raise
 
 
 def _holds_results(scratch: Path) -> bool:

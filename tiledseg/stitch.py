@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
-from .grid import BlockGrid, Region, overlap, shift
+from .grid import BlockGrid, Region, overlap, region_shape, shift
 from .job import Job, has_size_limits
 from .progress import Progress
 from .seams import Numbering, agreement, link, match_seam, node_index
@@ -86,8 +86,12 @@ def match_block(position: int, job: Job) -> dict[str, Any]:
         # Where only one of them found anything there is no pair, but perhaps a label that is cut.
         if shared is None or (is_empty and _is_empty(job, number)):
             continue
-        low = labels[(position, *shift(shared, tuple(p.start for p in block.padded)))]
-        high = labels[(number, *shift(shared, tuple(p.start for p in other.padded)))]
+        low, high = (
+            np.zeros(region_shape(shared), np.uint32)
+            if _is_empty(job, at)
+            else labels[(at, *shift(shared, tuple(p.start for p in of.padded)))]
+            for at, of in ((position, block), (number, other))
+        )
         pairs, agreed = process_block(low, high, _cores(shared, block.core, other.core), number)
         found.append(pairs)
         counts += agreed

@@ -10,27 +10,38 @@ Layout of the scratch folder, the only home of these names::
         labels.zarr          local labels of every padded block
         objects.zarr, ...    see masks.py, stitch.py, publish.py
     <stage>.journal          a line per piece that is done
+    .drafts                  files that are being written
+    lock                     held by the process that hands out the work, see lock.py
 
-An array in Zarr tells nothing of a chunk that is all zero, so done-marks are kept apart: the
+Done-marks are kept apart from the arrays: the
 process that hands out the work appends a line after a piece is stored. A piece that was stored but
 not yet noted when the process died is computed again, to the same bits.
+
+What a task writes is on the disk when the task ends, and so before it is marked as done (disk.py). A store that
+is gone for a while is waited for (waiting.py). What turns out to be damaged is named by a `ScratchError`, for
+repair.py to take back its mark.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import json
 import os
 import shutil
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import OutputError
+from .disk import DRAFTS, make_folders, make_home, sweep, sync_folder, write_whole
+from .errors import OutputError, ScratchError
+from .images.damage import BAD_FILE, failing_chunks
+from .lock import LOCK
+from .waiting import is_stored, patiently
 
 __all__ = ["DiskStore", "MemoryStore", "Store", "as_output_error", "disk_errors"]
 
@@ -63,6 +74,9 @@ class Store(Protocol):
 
     def mark(self, stage: str, pieces: Iterable[int]) -> None:
         """Note pieces of a stage as stored."""
+
+    def unmark(self, stage: str, pieces: Iterable[int]) -> None:
+        """Take back that pieces of a stage are stored."""
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A small document, None if there is none."""
@@ -120,6 +134,10 @@ class MemoryStore:
         """Note pieces of a stage as stored."""
         self._done.setdefault(stage, set()).update(pieces)
 
+    def unmark(self, stage: str, pieces: Iterable[int]) -> None:
+        """Take back that pieces of a stage are stored."""
+        self._done.get(stage, set()).difference_update(pieces)
+
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A small document, None if there is none."""
         return self._documents.get(name)
@@ -145,95 +163,170 @@ class DiskStore:
     Parameters
     ----------
     path : Path
-        The folder; made on first use.
+        The folder; made on first use. From then on, in this process and in those that it is sent to, a
+        folder that is missing is one that is gone for a while.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._is_made = False
+
+    def begin(self) -> None:
+        """Make the folder, or remove what killed writers left in it."""
+        self._make()
+        with disk_errors(self._drafts):
+            sweep(self._drafts)
+
+    @property
+    def _home(self) -> Path:
+        """What is there as long as the scratch is."""
+        return self.path if self._is_made else Path(self.path.absolute().anchor)
+
+    @property
+    def _drafts(self) -> Path:
+        return self.path / DRAFTS
+
+    def _array(self, name: str, is_full: bool = False) -> Any:
+        """The folder of an array as a Zarr store."""
+        from .folders import FolderStore
+
+        return FolderStore(self.path / name, home=self._home, drafts=self._drafts, is_full=is_full)
+
+    def _make(self) -> None:
+        """Make the folder on first use."""
+        if not self._is_made:
+            make_home(self.path)
+            self._is_made = True
+
+    def _write(self, path: Path, write: Callable[[Any], object]) -> None:
+        """Write a file that lasts; it is there completely or not at all."""
+        with disk_errors(path):
+            self._make()
+            write_whole(path, write, self.path, self._drafts)
 
     def create(
         self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, codec: str = "lz4"
     ) -> None:
         """Make an array filled with 0; keep one that is there already."""
         import zarr
-        from zarr.codecs import BloscCodec, ZstdCodec
+        from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
         where = self.path / name
-        if (where / "zarr.json").exists():
-            return
-        compressor: Any = ZstdCodec(level=1, checksum=True)
+        compressors: list[Any] = [ZstdCodec(level=1, checksum=True)]
         if codec == "lz4":
-            compressor = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle", typesize=np.dtype(dtype).itemsize)
+            blosc = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle", typesize=np.dtype(dtype).itemsize)
+            compressors = [blosc, Crc32cCodec()]  # Blosc itself misses half of all flipped bits
         with disk_errors(where):
-            where.parent.mkdir(parents=True, exist_ok=True)
+            self._make()
+            if (where / "zarr.json").exists():
+                return
             zarr.create_array(
-                where,
+                self._array(name),
                 shape=shape,
                 chunks=chunks,
                 dtype=dtype,
                 fill_value=0,
-                compressors=compressor,
+                compressors=compressors,
                 zarr_format=3,
             )
 
     def open(self, name: str) -> Array:
         """An array made before."""
+        return _StoredArray(self, name)
+
+    def open_zarr(self, name: str, to_read: bool) -> Any:
+        """The same as zarr has it: every chunk is stored, also one of zeros, and must be there when it is read."""
         import zarr
 
-        return zarr.open_array(self.path / name, mode="r+")
+        with self._whole(f"{name}/zarr.json"):
+            store = self._array(name, is_full=to_read)
+            return zarr.open_array(store, mode="r+", config={"write_empty_chunks": True})
 
     def save(self, name: str, values: npt.NDArray[Any]) -> None:
         """Store a small array whole; it is there completely or not at all."""
-        path = self.path / f"{name}.npy"
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-            with draft.open("wb") as file:
-                np.save(file, values, allow_pickle=False)
-            draft.replace(path)
+        self._write(self.path / f"{name}.npy", lambda file: np.save(file, values, allow_pickle=False))
 
     def load(self, name: str) -> npt.NDArray[Any]:
         """A small array stored whole."""
-        values: npt.NDArray[Any] = np.load(self.path / f"{name}.npy", allow_pickle=False)
-        return values
+        return self._load(f"{name}.npy", None)
 
     def view(self, name: str) -> npt.NDArray[Any]:
         """An array stored whole, to be read where it is indexed and not changed."""
-        values: npt.NDArray[Any] = np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        return values
+        return self._load(f"{name}.npy", "r")
+
+    def _load(self, file: str, mmap_mode: Any) -> npt.NDArray[Any]:
+        path = self.path / file
+        with self._whole(file):
+            values: npt.NDArray[Any] = patiently(
+                lambda: np.load(path, mmap_mode=mmap_mode, allow_pickle=False), path, self._home
+            )
+            return values
+
+    @contextlib.contextmanager
+    def _whole(self, file: str) -> Iterator[None]:
+        """Name a file of the scratch that turns out to be missing or damaged."""
+        try:
+            yield
+        except BAD_FILE as error:
+            if not _is_damage(error):
+                raise
+            raise ScratchError(self.path, file, error) from error
 
     def done(self, stage: str) -> set[int]:
         """Numbers of the pieces of a stage that are stored."""
         journal = self.path / f"{stage}.journal"
-        if not journal.exists():
+        try:
+            text = patiently(journal.read_bytes, journal, self._home)
+        except FileNotFoundError:
             return set()
         # A line may be torn if the process died while writing it: only those with their full stop count.
-        lines = journal.read_text().split()
-        return {int(line[:-1]) for line in lines if line.endswith(".") and line[:-1].isdigit()}
+        done: set[int] = set()
+        for line in text.decode("ascii", "replace").split():
+            number = line[:-1].removeprefix("-")
+            if line.endswith(".") and number.isascii() and number.isdigit():
+                (done.discard if line.startswith("-") else done.add)(int(number))
+        return done
 
     def mark(self, stage: str, pieces: Iterable[int]) -> None:
         """Note pieces of a stage as stored."""
+        self._note(stage, [str(piece) for piece in pieces])
+
+    def unmark(self, stage: str, pieces: Iterable[int]) -> None:
+        """Take back that pieces of a stage are stored."""
+        self._note(stage, [f"-{piece}" for piece in pieces])
+
+    def _note(self, stage: str, words: list[str]) -> None:
+        """Append to the journal of a stage."""
         journal = self.path / f"{stage}.journal"
-        with disk_errors(journal), journal.open("a") as file:
-            # A leading newline keeps a line torn by a kill from merging with this one.
-            file.write("".join(f"\n{piece}.\n" for piece in pieces))
+
+        def append() -> None:
+            make_folders(journal.parent, self.path)
+            is_new = not journal.exists()
+            with journal.open("a") as file:
+                # A leading newline keeps a line torn by a kill from merging with this one.
+                file.write("".join(f"\n{word}.\n" for word in words))
+                file.flush()
+                os.fsync(file.fileno())
+            if is_new:
+                sync_folder(journal.parent)
+
+        with disk_errors(journal):
+            self._make()
+            patiently(append, journal, self.path)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A small document, None if there is none."""
         path = self.path / name
-        if not path.exists():
+        if not is_stored(path, self._home):
             return None
-        document: dict[str, Any] = json.loads(path.read_text())
+        with self._whole(name):
+            document: dict[str, Any] = json.loads(patiently(path.read_bytes, path, self._home))
         return document
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
         """Write a small document; it is there completely or not at all."""
-        path = self.path / name
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f"{path.name}.{os.getpid()}.partial")
-            draft.write_text(json.dumps(document, indent=1))
-            draft.replace(path)
+        text = json.dumps(document, indent=1).encode()
+        self._write(self.path / name, lambda file: file.write(text))
 
     def remove(self, name: str) -> None:
         """Delete arrays, documents and done-marks whose name starts with `name`."""
@@ -247,15 +340,76 @@ class DiskStore:
                 path.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Delete the whole scratch."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Delete the whole scratch but for its lock."""
+        for path in [path for path in self.path.glob("*") if path.name != LOCK]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+
+class _StoredArray:
+    """An array of the scratch, opened when it is used; reading a chunk that is damaged or missing names its file."""
+
+    def __init__(self, store: DiskStore, name: str) -> None:
+        self._store, self._name = store, name
+
+    @functools.cached_property
+    def _read(self) -> Any:
+        return self._store.open_zarr(self._name, to_read=True)
+
+    @functools.cached_property
+    def _written(self) -> Any:
+        # A chunk that is written in part is read before, and may not be there yet.
+        return self._store.open_zarr(self._name, to_read=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole array."""
+        shape: tuple[int, ...] = self._read.shape
+        return shape
+
+    def __getitem__(self, region: Any) -> npt.NDArray[Any]:
+        try:
+            return np.asarray(self._read[region])
+        except BAD_FILE as error:
+            if not _is_damage(error) or isinstance(error, ScratchError):
+                raise
+            failing = failing_chunks(self._read, _bounds(region, self.shape))
+            if not failing:
+                raise
+            raise ScratchError(self._store.path, f"{self._name}/{failing[0]}", error) from error
+
+    def __setitem__(self, region: Any, values: Any) -> None:
+        self._written[region] = values
+
+
+def _bounds(region: Any, shape: tuple[int, ...]) -> list[slice | int]:
+    """What a selection touches along each axis."""
+    parts = region if isinstance(region, tuple) else (region,)
+    parts = (*parts, *(slice(None),) * (len(shape) - len(parts)))
+    return [
+        slice(*part.indices(n)[:2]) if isinstance(part, slice) else int(part)
+        for part, n in zip(parts, shape, strict=True)
+    ]
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether an error says that a file is missing or not what was written, and not that it cannot be reached."""
+    return not isinstance(error, OSError | MemoryError) or isinstance(error, FileNotFoundError | IsADirectoryError)
 
 
 def as_output_error(error: OSError, where: object) -> OutputError:
     """What the disk says as a sentence."""
+    advice = "see that it can be reached and written to"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        advice = "free some space or choose another folder (-o, --scratch)"
+    verb = "reach" if isinstance(error, TimeoutError) else "write"
     return OutputError(
-        f"cannot write {where}: {error.strerror or error}; free some space or choose another folder "
-        "(-o, --scratch), then run the same command again: what is done is kept."
+        f"cannot {verb} {where}: {error.strerror or error}; {advice}, then run the same command again: what is done "
+        "is kept."
     )
 
 

@@ -10,6 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..waiting import is_stored
+
 __all__ = ["BAD_FILE", "failing_chunks", "stored_keys", "torn_chunks"]
 
 # What json, zarr, numcodecs, tifffile and imagecodecs were seen to raise on damaged files.
@@ -54,6 +56,11 @@ def torn_chunks(array: Any, folder: Path | None, selection: Sequence[slice | int
     keys : list of str
         Storage keys.
 
+    Raises
+    ------
+    TimeoutError
+        If the folder is gone, also after `waiting.PATIENCE_S`.
+
     Notes
     -----
     Found by the length of the file, without decoding: files of no bytes, and Blosc buffers of another
@@ -66,9 +73,11 @@ def torn_chunks(array: Any, folder: Path | None, selection: Sequence[slice | int
     for key in stored_keys(array, selection):
         path = folder / key
         try:
-            size = path.stat().st_size if path.is_file() else None
+            size = path.stat().st_size if is_stored(path, folder) else None
             if size == 0 or (size and codec.startswith("Blosc") and _blosc_bytes(path) != size):
                 torn.append(key)
+        except TimeoutError:
+            raise
         except OSError:
             torn.append(key)
     return torn

@@ -167,7 +167,11 @@ def _open_zarr_array(path: str, zarr_format: int, stamp: int) -> Any:  # noqa: A
     """A Zarr array, opened once per process; the stamp keys the cache only."""
     import zarr
 
-    return zarr.open_array(path, mode="r", zarr_format=3 if zarr_format == 3 else 2)
+    from ..folders import FolderStore
+
+    home = Path(path) / ("zarr.json" if zarr_format == 3 else ".zarray")
+    store = FolderStore(path, read_only=True, home=home)
+    return zarr.open_array(store, mode="r", zarr_format=3 if zarr_format == 3 else 2)
 
 
 def _load_array(path: Path, node: _Node) -> Any:

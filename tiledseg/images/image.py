@@ -5,7 +5,8 @@ Only a path travels to other processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from ..axes import spatial_axes
 from ..errors import ImageError
+from ..waiting import is_stored
 from .damage import BAD_FILE, failing_chunks, stored_keys, torn_chunks
 from .units import MICROMETERS
 
@@ -155,15 +157,17 @@ class Image:
         bounds = self._bounds(level, region)
         array = self._array(level)
         selection = self._on_disk(level, bounds)
-        torn = torn_chunks(array, self._folder(level), selection)
+        with self._reached(level):
+            torn = torn_chunks(array, self._folder(level), selection)
         if torn:
             self._raise_corrupt(level, bounds, torn, "the stored file is cut short", None)
         try:
-            pixels = array[selection]
+            with self._reached(level):
+                pixels = array[selection]
             if hasattr(pixels, "__dask_graph__"):
                 pixels = pixels.compute(scheduler="threads")
         except BAD_FILE as error:
-            if not hasattr(array, "metadata"):
+            if not hasattr(array, "metadata") or isinstance(error, ImageError):
                 raise
             failing = failing_chunks(array, selection)
             if not failing and isinstance(error, MemoryError):
@@ -194,7 +198,8 @@ class Image:
         if folder is None:
             return []
         keys = stored_keys(self._array(level), self._on_disk(level, bounds))
-        return [_join(self.levels[level].path, key) for key in keys if not (folder / key).is_file()]
+        with self._reached(level):
+            return [_join(self.levels[level].path, key) for key in keys if not is_stored(folder / key, folder)]
 
     def describe(self) -> dict[str, Any]:
         """What is known about the image, ready for JSON."""
@@ -223,6 +228,17 @@ class Image:
             if isinstance(error, ImageError):
                 raise
             raise ImageError(f"{self._where(level)} can no longer be opened: {error}.") from error
+
+    @contextlib.contextmanager
+    def _reached(self, level: int) -> Iterator[None]:
+        """Say so if a level cannot be reached, rather than that it is damaged."""
+        try:
+            yield
+        except TimeoutError as error:
+            raise ImageError(
+                f"{self._where(level)} cannot be reached: {error.strerror or error}; see that its disk or server is "
+                "there, then run the same command again: what is done is kept."
+            ) from error
 
     def _folder(self, level: int) -> Path | None:
         """Folder of a level's chunks, None for what is no local Zarr."""

@@ -9,6 +9,7 @@ from .labels import (
     level_array,
     open_labels,
     plan_labels,
+    read_level,
     remove_labels,
 )
 from .writer import write_image
@@ -22,6 +23,7 @@ __all__ = [
     "level_array",
     "open_labels",
     "plan_labels",
+    "read_level",
     "remove_labels",
     "write_image",
 ]

@@ -56,10 +56,12 @@ def open_group(path: Path) -> Any:
     """
     import zarr
 
+    from ..folders import FolderStore
+
     if not any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
         return None
     try:
-        return zarr.open_group(path, mode="r+", use_consolidated=False)
+        return zarr.open_group(FolderStore(path), mode="r+", use_consolidated=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{path} is no readable Zarr group ({error}); choose another place with -o.") from error
 
@@ -196,6 +198,8 @@ def create_array(
     import zarr
     from zarr.codecs import ZstdCodec
 
+    from ..folders import new_folder
+
     own: dict[str, Any] = {
         "compressors": ZstdCodec(level=1, checksum=True),
         "dimension_names": axes,
@@ -205,7 +209,7 @@ def create_array(
         blosc = {"id": "blosc", "cname": "zstd", "clevel": 1, "shuffle": 0, "blocksize": 0}
         own = {"compressors": blosc, "chunk_key_encoding": {"name": "v2", "separator": "/"}}
     return zarr.create_array(
-        path,
+        new_folder(path),
         shape=shape,
         chunks=chunks,
         dtype=dtype,

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..disk import DRAFTS, sweep
 from ..errors import ImageError, OutputError, SettingsError
 from ..images import Image, open_image
+from ..images.damage import BAD_FILE, failing_chunks
 from .groups import (
     FORMATS,
     check_writable,
@@ -47,6 +49,7 @@ __all__ = [
     "level_array",
     "open_labels",
     "plan_labels",
+    "read_level",
     "remove_labels",
 ]
 
@@ -197,12 +200,15 @@ def create_labels(plan: LabelsPlan, *, attributes: dict[str, Any]) -> None:
     """
     import zarr
 
+    from ..folders import new_folder
+
     try:
+        sweep(*_draft_folders(plan))  # of writers that were killed
         # labels/ becomes a group in finish_labels: an image around a group that lists none is not valid.
         for path in (plan.root, plan.path):
             if open_group(path) is None:
                 own = attributes if path == plan.path else {}
-                zarr.create_group(path, zarr_format=zarr_format(plan.version), attributes=own)
+                zarr.create_group(new_folder(path), zarr_format=zarr_format(plan.version), attributes=own)
         _must_open(plan.path).attrs.update(attributes)
         for level in range(plan.n_levels):
             _create_level(plan, level)
@@ -232,10 +238,47 @@ def level_array(plan: LabelsPlan, level: int) -> Any:
     """
     import zarr
 
+    from ..folders import FolderStore
+
     try:
-        return zarr.open_array(plan.path / str(level), mode="r+", zarr_format=zarr_format(plan.version))
+        folder = plan.path / str(level)
+        store = FolderStore(folder, home=plan.root, drafts=folder / DRAFTS)
+        return zarr.open_array(store, mode="r+", zarr_format=zarr_format(plan.version))
     except (OSError, ValueError, KeyError) as error:
         raise OutputError(f"{plan.path}/{level} cannot be opened ({error}); start the run again.") from error
+
+
+def read_level(plan: LabelsPlan, level: int, region: tuple[slice, ...]) -> npt.NDArray[np.uint32]:
+    """Read what was published.
+
+    Parameters
+    ----------
+    plan : LabelsPlan
+    level : int
+        0 is full size.
+    region : tuple of slice
+        One per axis, step 1, inside the level.
+
+    Returns
+    -------
+    labels : array of uint32, shape of `region`
+
+    Raises
+    ------
+    OutputError
+        If a chunk is damaged, or the level is not there.
+    """
+    array = level_array(plan, level)
+    try:
+        labels: npt.NDArray[np.uint32] = np.asarray(array[region])
+    except BAD_FILE as error:
+        if isinstance(error, OSError | MemoryError):
+            raise
+        raise OutputError(
+            f"chunk {', '.join(failing_chunks(array, region)) or region} of {plan.path}/{level} is damaged ({error}); "
+            f"delete {plan.path}, then run the same command again: labels are published again from what is done."
+        ) from error
+    return labels
 
 
 def finish_labels(plan: LabelsPlan) -> None:
@@ -252,8 +295,11 @@ def finish_labels(plan: LabelsPlan) -> None:
     """
     import zarr
 
-    for leftover in [*plan.path.rglob("*.partial"), *plan.path.parent.glob("*.partial")]:
-        leftover.unlink(missing_ok=True)  # of writers that were killed
+    from ..folders import new_folder
+
+    sweep(*_draft_folders(plan))
+    for level in range(plan.n_levels):
+        shutil.rmtree(plan.path / str(level) / DRAFTS, ignore_errors=True)
     label_info: dict[str, Any] = {"source": {"image": "../../"}} if plan.in_image else {}
     if plan.version == "0.4":
         label_info["version"] = "0.4"
@@ -269,7 +315,7 @@ def finish_labels(plan: LabelsPlan) -> None:
     listed = _listed_labels(plan)
     if plan.name not in listed:
         if open_group(plan.root / "labels") is None:
-            zarr.create_group(plan.root / "labels", zarr_format=zarr_format(plan.version))
+            zarr.create_group(new_folder(plan.root / "labels"), zarr_format=zarr_format(plan.version))
         update_ome(_must_open(plan.root / "labels"), plan.version, {"labels": [*listed, plan.name]})
     _refresh_consolidated(plan.root)
 
@@ -300,6 +346,8 @@ def _refresh_consolidated(root: Path) -> None:
     """Where a container keeps a copy of all metadata, make it tell of what has changed."""
     import zarr
 
+    from ..folders import FolderStore
+
     if not root.is_dir():
         return
     with warnings.catch_warnings():
@@ -309,7 +357,7 @@ def _refresh_consolidated(root: Path) -> None:
             zarr.open_consolidated(root)
         except (OSError, ValueError, KeyError):
             return
-        zarr.consolidate_metadata(root)
+        zarr.consolidate_metadata(FolderStore(root))
 
 
 def open_labels(path: str | Path) -> Any:
@@ -367,6 +415,12 @@ class LevelZero:
             kept.append(slice(None))
         pixels = self._image.read(0, tuple(read))
         return np.asarray(pixels[tuple(kept)])
+
+
+def _draft_folders(plan: LabelsPlan) -> list[Path]:
+    """Folders in which files of the labels are written before they get their name."""
+    levels = [plan.path / str(level) for level in range(plan.n_levels)]
+    return [plan.path.parent, plan.path, *levels, *(level / DRAFTS for level in levels)]
 
 
 def _listed_labels(plan: LabelsPlan) -> list[str]:

@@ -77,6 +77,8 @@ def write_image(
     """
     import zarr
 
+    from ..folders import new_folder
+
     path = Path(path)
     space = spatial_axes(axes)
     n_channels = _check_image(path, array.shape, axes, spacing_um, channels, version)
@@ -86,7 +88,7 @@ def write_image(
     sizes = [steps.get(axis, 1.0) for axis in axes]
     scales = [[size * factor for size, factor in zip(sizes, of, strict=True)] for of in factors]
     shifts = [[size * (factor - 1) / 2 for size, factor in zip(sizes, of, strict=True)] for of in factors]
-    group = zarr.create_group(path, zarr_format=zarr_format(version))
+    group = zarr.create_group(new_folder(path), zarr_format=zarr_format(version))
     _write_levels(path, array, version, axes, count, chunk)
     units = ["micrometer" if axis in steps else None for axis in axes]
     entry = multiscales(path.name.split(".")[0], axes, units, scales, shifts)
