@@ -21,6 +21,7 @@ __all__ = ["main"]
 MISUSED = 2
 DIFFERENT = 1
 UNREAD = 141
+SHOWN_S = 0.05
 FOR_A_DIAMETER = CHANNEL_SETTINGS | {
     "invert",
     "model",
@@ -179,26 +180,29 @@ def _settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Bars:
-    """A progress bar per stage, with rate and remaining time."""
+    """A progress bar per stage, with rate and remaining time; those of stages at work at once below each other."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._stage = ""
+        self._bars: dict[str, Any] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         from tqdm import tqdm
 
-        if stage != self._stage:
-            self.close()
-            self._stage = stage
-            self._bar = tqdm(total=total, initial=done, desc=f"{stage:>8}", unit=" pieces", file=sys.stderr)
-        self._bar.update(done - self._bar.n)
+        if stage not in self._bars:
+            self._close([name for name, bar in self._bars.items() if bar.n >= bar.total])
+            self._bars[stage] = tqdm(
+                total=total, initial=done, desc=f"{stage:>8}", unit=" pieces", file=sys.stderr, position=len(self._bars)
+            )
+        bar = self._bars[stage]
+        bar.update(done - bar.n)
 
     def close(self) -> None:
-        """End the bar that is shown."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        """End the bars that are shown."""
+        self._close(list(self._bars))
+
+    def _close(self, stages: list[str]) -> None:
+        for stage in stages:
+            self._bars.pop(stage).close()
 
 
 def _segment(options: argparse.Namespace) -> int:
@@ -384,7 +388,7 @@ def _summary_text(facts: dict[str, Any]) -> list[str]:
     if kept:
         lines.append("resumed      " + ", ".join(f"{stage} {n} pieces kept" for stage, n in kept.items()))
     lines += [
-        "seconds      " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in facts["seconds"].items()),
+        "seconds      " + _seconds_text(facts),
         f"peak memory  {facts['peak_memory'] / 2**30:.2f} GiB over all processes",
         f"worked on    {facts['device']}, {facts['workers']}",
         f"labels       {facts['labels']}",
@@ -392,6 +396,13 @@ def _summary_text(facts: dict[str, Any]) -> list[str]:
         f"scratch      {facts['scratch']} (kept, so that mask settings can be changed; delete it when done)",
     ]
     return lines
+
+
+def _seconds_text(facts: dict[str, Any]) -> str:
+    """Seconds per stage, and in which two were at work."""
+    text = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in facts["seconds"].items())
+    at_once = facts["seconds_at_once"]
+    return text if at_once < SHOWN_S else f"{text} (two stages at once for {at_once:.1f})"
 
 
 def _plan_text(facts: dict[str, Any]) -> list[str]:

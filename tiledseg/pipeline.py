@@ -30,6 +30,7 @@ from .omezarr import labels_exist, level_array
 from .pictures import histogram
 from .preflight import Preflight
 from .progress import Listener, Progress
+from .reach import in_order
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
 from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
 from .store import DiskStore, MemoryStore, Store
@@ -79,7 +80,9 @@ class Report:
     n_tiles, n_skipped_tiles : int
         Network tiles computed by this call, and those skipped as empty; 0 without a network.
     seconds : dict of str to float
-        Per stage, of this call.
+        Per stage, of this call. Flows and masks may be at work at once; both count then.
+    seconds_at_once : float
+        In which two stages were at work.
     computed, kept : dict of str to int
         Pieces per stage computed by this call, and kept from an earlier one.
     peak_memory : int
@@ -110,6 +113,7 @@ class Report:
     n_tiles: int
     n_skipped_tiles: int
     seconds: dict[str, float]
+    seconds_at_once: float
     computed: dict[str, int]
     kept: dict[str, int]
     peak_memory: int
@@ -288,10 +292,12 @@ def _run(
         masks_settings = dataclasses.replace(job.settings.masks, block=preflight.settings.masks.block)
         job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, masks=masks_settings))
         job = dataclasses.replace(job, labels=labels_folder(job, place, run_id))
+        mask_tasks = masks.tasks_of(job, progress, begin=are_ready)
         if job.segmenter is None:
-            tiles = flows.run(job, executor, progress)
-        are_ready()
-        masks.run(job, executor, progress)
+            flow_tasks, tiles = flows.tasks_of(job, progress)
+            executor.work(*in_order(job, flow_tasks, mask_tasks))
+        else:
+            executor.work(mask_tasks)
         facts = stitch.run(job, executor, progress)
         publish.run(job, executor, progress)
     progress.note_peak(peak_memory())
@@ -308,6 +314,7 @@ def _run(
         n_tiles=tiles["n_tiles"],
         n_skipped_tiles=tiles["n_skipped"],
         seconds=progress.seconds,
+        seconds_at_once=progress.seconds_at_once,
         computed=progress.computed,
         kept=progress.kept,
         peak_memory=progress.peak_memory,
