@@ -12,7 +12,6 @@ then as well is put in quarantine, and the stream ends by naming what is there.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -149,19 +148,19 @@ class _Source:
 
     def take(self, n: int) -> list[Item]:
         """The next items, fewer where no more may begin yet."""
-        batch = list(itertools.takewhile(lambda item: item is not None, itertools.islice(self._items, n)))
-        if not self._has_begun and (batch or self._is_empty()):
-            self._has_begun = True
-            self.tasks.begin()
+        batch: list[Item] = []
+        while len(batch) < n and (item := next(self._items, self)) is not None:
+            self._begin()
+            if item is self:
+                break
+            batch.append(item)
         return batch
 
-    def _is_empty(self) -> bool:
-        """Whether there is nothing at all to do, asked before anything was done."""
-        first = next(self._items, self)
-        if first is self:
-            return True
-        self._items = itertools.chain([first], self._items)
-        return False
+    def _begin(self) -> None:
+        """Say once that there is a first item, or none."""
+        if not self._has_begun:
+            self._has_begun = True
+            self.tasks.begin()
 
 
 class _Failures:
