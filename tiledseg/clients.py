@@ -176,7 +176,10 @@ def client_of(given: Any) -> Iterator[Any]:
                 raise SettingsError(f"client must be a Dask client or cluster, not {type(given).__name__}.")
             if getattr(given, "asynchronous", False):
                 raise SettingsError("an asynchronous Dask cluster was given; pass a synchronous one.")
-            client = stack.enter_context(Client(given, set_as_default=False))
+            # What has no status of its own, or keeps it to itself, is known by its address.
+            where = given if hasattr(given, "status") else given.scheduler_address
+            security = getattr(given, "security", None)
+            client = stack.enter_context(Client(where, security=security, set_as_default=False))
         if getattr(client, "asynchronous", False):
             raise SettingsError("an asynchronous Dask client was given; pass a synchronous one.")
         yield client
