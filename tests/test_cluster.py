@@ -54,6 +54,9 @@ def look(_: int, seconds: float = 0.05) -> Seen:
     return str(get_worker().name), os.environ.get(claims.VARIABLE), os.getpid(), start, time.time()
 
 
+NOBODY: Seen = ("", None, 0, 0.0, 0.0)
+
+
 def at_once(one: Seen, other: Seen) -> bool:
     return one[3] < other[4] and other[3] < one[4]
 
@@ -179,6 +182,7 @@ def test_a_local_cluster_pins_its_gpus_and_keeps_other_work_from_them(monkeypatc
         def some(kind: str, n: int) -> Tasks:
             return Tasks(kind, look, range(n), kind=kind, took=lambda _, found: seen[kind].append(found))
 
+        executor.client.run(at_once, NOBODY, NOBODY)  # imports this module there
         executor.work(some("network", 12), some("cpu", 12))
         counts = Counter(device for _, device, *_ in seen["network"])
         assert set(counts) == {"0", FIRST}
@@ -237,7 +241,7 @@ def test_a_task_that_kills_its_workers_is_set_aside_and_one_that_freezes_them_gi
 @pytest.mark.parametrize(("visible", "n_devices"), [("0", 1), (f"GPU-aaaa,{MIGS[1]}", 2)])
 def test_a_device_that_several_workers_see_has_one_task_at_a_time(tmp_path: Path, visible: str, n_devices: int) -> None:
     env = {claims.VARIABLE: visible, "PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
-    with workers({"env": env}, {"env": env}, {"env": env, "nthreads": 2}) as client:
+    with workers({"env": env}, {"env": env, "nthreads": 2}) as client:
         executor = DaskExecutor(client)
         assert executor.device("auto") == "cpu"
         tasks = executor.stream(look, range(24), kind="network", claims=True)
@@ -248,7 +252,7 @@ def test_a_device_that_several_workers_see_has_one_task_at_a_time(tmp_path: Path
         for of_one in by_device.values():
             of_one.sort(key=lambda seen: seen[3])
             assert all(one[4] <= other[3] for one, other in itertools.pairwise(of_one))
-        assert len({seen[2] for of_one in by_device.values() for seen in of_one}) == 3, "a worker was not used"
+        assert len({seen[2] for of_one in by_device.values() for seen in of_one}) == 2, "a worker was not used"
         unclaimed = [seen for _, seen in executor.stream(look, range(24), kind="network")]
         assert any(at_once(one, other) for one in unclaimed for other in unclaimed if one is not other)
 
@@ -257,8 +261,9 @@ def test_of_mixed_workers_those_with_a_gpu_do_the_network(
     slide: Slide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = tmp_path / "slide.ome.zarr"
-    write_image(image, slide[0], axes="yx", spacing_um=(0.5, 0.5), chunk=256)
-    settings = {"diameter": 6.0, "block": 128}
+    pixels = slide[0][:400, :400]
+    write_image(image, pixels, axes="yx", spacing_um=(0.5, 0.5), chunk=256)
+    settings = {"diameter": 6.0, "block": 100}
     with workers({"resources": {"GPU": 1}}, {}) as client:
         executor = DaskExecutor(client)
         executor.device("auto")
@@ -268,8 +273,8 @@ def test_of_mixed_workers_those_with_a_gpu_do_the_network(
         assert {name for name, *_ in others} == {"w1"}
         found = tiledseg.segment(image, tmp_path / "out.zarr", client=client, **settings)
         assert client.status == "running"
-        reference = tiledseg.segment(slide[0], **settings)
-        assert found.report.n_objects == reference.report.n_objects > 100
+        reference = tiledseg.segment(pixels, **settings)
+        assert found.report.n_objects == reference.report.n_objects > 50
         assert np.array_equal(found.labels.compute(), reference.labels.compute())
         assert found.report.seconds_at_once > 0, "masks did not begin before the flows had ended"
         monkeypatch.setattr(cluster, "_device_of_worker", kind_by_name)
@@ -279,11 +284,9 @@ def test_of_mixed_workers_those_with_a_gpu_do_the_network(
             plain.device("auto")
 
 
-def kind_by_name(_: str) -> str:
+def kind_by_name(_: str, dask_worker: Any) -> str:
     """What a worker would say if the first had a GPU."""
-    from distributed import get_worker
-
-    return "cuda" if str(get_worker().name) == "w0" else "cpu"
+    return "cuda" if dask_worker.name == "w0" else "cpu"
 
 
 def test_anything_with_the_address_of_a_scheduler_is_a_cluster(client: Any) -> None:

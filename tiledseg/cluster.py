@@ -384,9 +384,12 @@ class _Workers:
 
     def ended(self) -> Iterator[tuple[Any, BaseException | None, Any]]:
         """Wait until something ends."""
+        condition = self._ended.thread_condition
         while not self._ended.has_ready():
-            with self._ended.thread_condition:
-                self._ended.thread_condition.wait(POLL_S)
+            with condition:
+                # Asked again under its lock: what ends meanwhile wakes this thread.
+                if not self._ended.has_ready():
+                    condition.wait(POLL_S)
             self._look_for_workers()
         for future, result in self._ended.next_batch(block=False):
             del self._live[future.key]
