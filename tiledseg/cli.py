@@ -22,6 +22,7 @@ MISUSED = 2
 DIFFERENT = 1
 UNREAD = 141
 SHOWN_S = 0.05
+TLS_FILES = {"--tls-ca-file": "authority", "--tls-cert": "certificate to show", "--tls-key": "key of that certificate"}
 FOR_A_DIAMETER = CHANNEL_SETTINGS | {
     "invert",
     "model",
@@ -89,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(segment, Settings)
     segment.add_argument("--workers", type=int, metavar="N", help="processes on this machine")
     segment.add_argument("--scheduler", metavar="ADDRESS|FILE", help="a running Dask scheduler")
+    for flag, what in TLS_FILES.items():
+        segment.add_argument(flag, metavar="PEM", help=f"of a scheduler behind TLS, the {what}")
     segment.add_argument("--scratch", metavar="DIR", help="folder for what is in between (default: beside the labels)")
     segment.add_argument("--restart", action="store_true", help="discard what an earlier run left, and its labels")
     segment.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
@@ -206,10 +209,12 @@ class _Bars:
 
 
 def _segment(options: argparse.Namespace) -> int:
+    from .clients import certificates
     from .pipeline import preview, segment
 
     where = {"output": options.output, "scratch": options.scratch, "axes": options.axes}
-    workers = {"scheduler": options.scheduler, "workers": options.workers}
+    security = certificates(options.tls_ca_file, options.tls_cert, options.tls_key)
+    workers = {"scheduler": options.scheduler, "workers": options.workers, "security": security}
     if options.dry_run:
         plan = preview(options.image, **where, **workers, measure=True, **_settings_of(options))
         _show(plan, options.json, _plan_text)

@@ -16,7 +16,7 @@ from .claims import VARIABLE
 from .errors import ClusterError, SettingsError
 from .machine import n_cores, usable_gpus
 
-__all__ = ["CPU", "GPU", "Process", "client_of", "local_client", "local_processes", "remote_client"]
+__all__ = ["CPU", "GPU", "Process", "certificates", "client_of", "local_client", "local_processes", "remote_client"]
 
 GPU, CPU = "GPU", "CPU"
 """Resources of workers: how many tasks of the network, and others, one takes at a time."""
@@ -117,6 +117,37 @@ def local_client(processes: list[Process]) -> Iterator[Any]:
         Client(cluster, set_as_default=False) as client,
     ):
         yield client
+
+
+def certificates(ca: str | None, cert: str | None, key: str | None) -> Any:
+    """What a client shows to a scheduler behind TLS, and believes of it.
+
+    Parameters
+    ----------
+    ca, cert, key : str, optional
+        Files in PEM: of the authority that signed, of the client's certificate and its key.
+
+    Returns
+    -------
+    security : distributed.Security or None
+        None if none is given.
+
+    Raises
+    ------
+    ClusterError
+        If only some are given, or one does not exist.
+    """
+    from distributed.security import Security
+
+    files = {"--tls-ca-file": ca, "--tls-cert": cert, "--tls-key": key}
+    if not any(files.values()):
+        return None
+    for flag, file in files.items():
+        if not file:
+            raise ClusterError(f"TLS takes three files; give {flag} as well.")
+        if not Path(file).is_file():
+            raise ClusterError(f"{flag} {file} is no file; give one in PEM.")
+    return Security(tls_ca_file=ca, tls_client_cert=cert, tls_client_key=key, require_encryption=True)
 
 
 @contextlib.contextmanager

@@ -176,6 +176,7 @@ def segment(
     client: Any = None,
     scheduler: str | None = None,
     workers: int | None = None,
+    security: Any = None,
     scratch: str | os.PathLike[str] | None = None,
     restart: bool = False,
     axes: str | None = None,
@@ -201,6 +202,8 @@ def segment(
         Address or scheduler file of a running Dask scheduler.
     workers : int, optional
         Number of processes to make here, also if it is one.
+    security : distributed.Security, optional
+        Certificates for a scheduler behind TLS; without, those that Dask's configuration names.
     scratch : path, optional
         Folder for what is in between, reachable by all workers. Default: beside the output.
     restart : bool
@@ -259,7 +262,9 @@ def segment(
     told = Progress(progress)
     with (
         scratch_of(place) as store,
-        connect(client, scheduler=scheduler, workers=workers, device=device, small=is_small) as executor,
+        connect(
+            client, scheduler=scheduler, workers=workers, device=device, small=is_small, security=security
+        ) as executor,
     ):
         if segmenter is None:
             device = executor.device(device)
@@ -562,11 +567,11 @@ def _state(place: Place) -> str:
     return "nothing yet"
 
 
-def _crew(client: Any, scheduler: str | None, workers: int | None, settings: Settings, small: bool) -> Crew:
+def _crew(who: dict[str, Any], settings: Settings, small: bool) -> Crew:
     """Who would work; nothing is started for it."""
-    if client is None and scheduler is None:
-        return crew_of(workers, settings.flows.device, small)
-    with connect(client, scheduler=scheduler, workers=workers) as executor:
+    if who["client"] is None and who["scheduler"] is None:
+        return crew_of(who["workers"], settings.flows.device, small)
+    with connect(**who) as executor:
         return executor.crew
 
 
@@ -577,6 +582,7 @@ def preview(
     client: Any = None,
     scheduler: str | None = None,
     workers: int | None = None,
+    security: Any = None,
     scratch: str | os.PathLike[str] | None = None,
     axes: str | None = None,
     measure: bool = False,
@@ -586,7 +592,7 @@ def preview(
 
     Parameters
     ----------
-    image, output, client, scheduler, workers, scratch, axes, settings
+    image, output, client, scheduler, workers, security, scratch, axes, settings
         As for `segment`.
     measure : bool
         Measure for a few seconds how fast this machine is, and foretell how long the run takes.
@@ -607,7 +613,7 @@ def preview(
     place = place_of(opened, output, scratch, chosen)
     _check_geometry(model, chosen, opened)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
-    crew = _crew(client, scheduler, workers, chosen, is_small)
+    crew = _crew({"client": client, "scheduler": scheduler, "workers": workers, "security": security}, chosen, is_small)
     device = "cpu" if chosen.flows.device == "cpu" else resolve_device("auto")
     diameter = _expected_diameter(opened, chosen, _model_of(chosen), place)
     precision = chosen.flows.precision
