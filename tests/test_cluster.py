@@ -168,6 +168,7 @@ def test_a_local_cluster_fits_the_machine(
         0 if not gpus or (has_others and process.gpu) else process.n_threads for process in processes
     ]
     crew = crew_of(n_workers, "auto", small=False)
+    assert crew.n_network == n_gpus
     assert (crew.n_workers, crew.n_threads) == (len(threads), max(threads))
     assert crew_of(None, "auto", small=True).in_process
 
@@ -177,6 +178,7 @@ def test_a_local_cluster_pins_its_gpus_and_keeps_other_work_from_them(monkeypatc
     monkeypatch.setattr(clients, "n_cores", lambda: 4)
     with connect() as executor:
         assert isinstance(executor, DaskExecutor)
+        assert executor.crew.n_network == 2
         assert executor.description == "3 workers, 4 threads, 2 for the network"
         assert executor.device("auto") == "cpu", "torch finds no GPU here, whatever it is told"
         seen: dict[str, list[Seen]] = {"network": [], "cpu": []}
@@ -292,7 +294,9 @@ def kind_by_name(_: str, dask_worker: Any) -> str:
     return "cuda" if dask_worker.name == "w0" else "cpu"
 
 
-def test_anything_with_the_address_of_a_scheduler_is_a_cluster(client: Any) -> None:
+def test_anything_with_the_address_of_a_scheduler_is_a_cluster(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distributed import LocalCluster
+
     class Gateway:
         """Like dask-gateway's, which is no `distributed.deploy.Cluster`."""
 
@@ -304,6 +308,13 @@ def test_anything_with_the_address_of_a_scheduler_is_a_cluster(client: Any) -> N
         assert dict(executor.stream(abs, range(-3, 0))) == {-3: 3, -2: 2, -1: 1}
     assert client.status == "running"
     with pytest.raises(SettingsError, match="client must be a Dask client or cluster, not str"), connect("here"):
+        pass
+    monkeypatch.setattr(clients, "WORKERS_TIMEOUT_S", 0.5)
+    with (
+        LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0", silence_logs=50) as empty,
+        pytest.raises(ClusterError, match="the Dask cluster that was given has no workers; start some and try again"),
+        connect(empty),
+    ):
         pass
     asleep = type("Asleep", (), {"scheduler_address": client.scheduler.address, "asynchronous": True})()
     with pytest.raises(SettingsError, match="asynchronous Dask cluster"), connect(asleep):

@@ -7,6 +7,7 @@ import itertools
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 import tiledseg
 from tiledseg import flows, masks
 from tiledseg.cli import main
-from tiledseg.cluster import ThreadExecutor
+from tiledseg.cluster import NETWORK_AT_ONCE, ThreadExecutor
 from tiledseg.config import Settings
 from tiledseg.errors import OutputError, QuarantineError, SettingsError
 from tiledseg.images import open_image
@@ -136,6 +137,23 @@ def test_a_stage_that_waits_for_another_goes_on_as_that_does() -> None:
     log.clear()
     ThreadExecutor(1).work(stage("first", [], lambda *_: None), stage("second", [], lambda *_: None))
     assert log == ["begin first", "begin second"], "a stage with nothing to do says so"
+
+
+def test_a_gpu_of_this_process_is_shared_by_few_tasks_while_others_go_on() -> None:
+    executor, lock, at_work, most = ThreadExecutor(4), threading.Lock(), Counter[str](), Counter[str]()
+    executor._has_gpu = True
+
+    def task(_: int, kind: str) -> None:
+        with lock:
+            at_work[kind] += 1
+            for name, n in (*at_work.items(), ("both", at_work.total())):
+                most[name] = max(most[name], n)
+        time.sleep(0.01)
+        with lock:
+            at_work[kind] -= 1
+
+    executor.work(*(Tasks(kind, task, range(30), (kind,), kind=kind) for kind in ("network", "cpu")))
+    assert most == {"network": NETWORK_AT_ONCE, "cpu": 4, "both": NETWORK_AT_ONCE + 4}
 
 
 @given(st.data(), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32))

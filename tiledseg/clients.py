@@ -181,12 +181,17 @@ def remote_client(address: str, security: Any = None) -> Iterator[Any]:
             "is running, or leave --scheduler out to work on this machine."
         ) from error
     with client:
-        if not client.scheduler_info(n_workers=-1)["workers"]:
-            try:
-                client.wait_for_workers(1, timeout=WORKERS_TIMEOUT_S)
-            except TimeoutError as error:
-                raise ClusterError(f"the scheduler at {address} has no workers; start some and try again.") from error
+        _wait_for_a_worker(client, f"the scheduler at {address}")
         yield client
+
+
+def _wait_for_a_worker(client: Any, who: str) -> None:
+    """Refuse a cluster that nobody works in."""
+    if not client.scheduler_info(n_workers=-1)["workers"]:
+        try:
+            client.wait_for_workers(1, timeout=WORKERS_TIMEOUT_S)
+        except TimeoutError as error:
+            raise ClusterError(f"{who} has no workers; start some and try again.") from error
 
 
 @contextlib.contextmanager
@@ -197,6 +202,8 @@ def client_of(given: Any) -> Iterator[Any]:
     ------
     SettingsError
         If it is neither, or asynchronous.
+    ClusterError
+        If there are no workers.
     """
     from distributed import Client
 
@@ -213,4 +220,5 @@ def client_of(given: Any) -> Iterator[Any]:
             client = stack.enter_context(Client(where, security=security, set_as_default=False))
         if getattr(client, "asynchronous", False):
             raise SettingsError("an asynchronous Dask client was given; pass a synchronous one.")
+        _wait_for_a_worker(client, "the Dask cluster that was given")
         yield client

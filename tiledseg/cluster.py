@@ -63,6 +63,8 @@ class Crew:
         Bytes that this process and all workers have together; None if they are on other machines.
     in_process : bool
         Whether the one worker is this process.
+    n_network : int
+        Of the processes, those that run the network; 0 for all of them.
     """
 
     n_workers: int
@@ -70,6 +72,7 @@ class Crew:
     worker_limit: int | None = None
     machine_bytes: int | None = None
     in_process: bool = False
+    n_network: int = 0
 
 
 def _run_task(function: Function, item: Item, *args: Any) -> Any:
@@ -148,7 +151,7 @@ class _Streams:
         self, function: Function, items: Iterable[Item], *args: Any, name: str = "", **how: Any
     ) -> Iterator[tuple[Item, Any]]:
         """Yield ``(item, function(item, *args))`` as they end, in any order."""
-        tasks = Tasks(name or function.__name__, function, items, args, **how)
+        tasks = Tasks(name or getattr(function, "__name__", "task"), function, items, args, **how)
         for _, item, result in run_tasks(self._pool(), [tasks], self.troubles):
             yield item, result
 
@@ -265,6 +268,7 @@ class DaskExecutor(_Streams):
             max(threads, default=1),
             min(limits, default=None),
             machine_memory() if are_here else None,
+            n_network=len(self._who.addresses("network")) if self._who.resource("network") else 0,
         )
 
     def _pool(self) -> Pool:
@@ -273,7 +277,10 @@ class DaskExecutor(_Streams):
     def device(self, wanted: str) -> str:
         """The kind of device the network will run on, the same on every worker that it goes to."""
         self._who.is_on_any = wanted == "cpu"
-        kinds = set(self.client.run(_device_of_worker, wanted, workers=self._who.addresses("network")).values())
+        addresses = self._who.addresses("network")
+        if not addresses:
+            raise ClusterError("the cluster has no workers for the network; start some and try again.")
+        kinds = set(self.client.run(_device_of_worker, wanted, workers=addresses).values())
         if len(kinds) != 1:
             raise DeviceError(
                 "some workers have a GPU and some have none, and their results would differ in the last bits; start "
@@ -307,7 +314,9 @@ class _Who:
     def workers(self) -> dict[str, Any]:
         """What the scheduler says of each by its address."""
         if time.monotonic() - self._asked_at >= KNOWN_FOR_S:
-            self._workers = self._client.scheduler_info(n_workers=-1)["workers"]
+            # What a lost scheduler means for the tasks in flight, these say themselves.
+            with contextlib.suppress(OSError):
+                self._workers = self._client.scheduler_info(n_workers=-1)["workers"]
             self._asked_at = time.monotonic()
             # A run that began on GPUs waits for another one when the last is lost: bits depend on the device.
             self._had_gpus |= any(_has(worker, GPU) for worker in self._workers.values())
@@ -429,7 +438,10 @@ def _error_of(future: Any, result: Any) -> BaseException | None:
     if isinstance(result, tuple) and len(result) == 3 and isinstance(result[1], BaseException):
         return result[1]
     error = future.exception() if future.status == "error" else None
-    return error or ClusterError(f"a task was lost ({future.status}); run the same command again.")
+    return error or ClusterError(
+        f"a task was lost ({future.status}), most likely with its scheduler; run the same command again: what is done "
+        "is kept."
+    )
 
 
 def crew_of(workers: int | None, device: str, small: bool) -> Crew:
@@ -437,7 +449,12 @@ def crew_of(workers: int | None, device: str, small: bool) -> Crew:
     if _stays_here(workers, device, small):
         return ThreadExecutor(n_cores()).crew
     processes = local_processes(workers, device)
-    return Crew(len(processes), max(process.n_threads for process in processes), machine_bytes=machine_memory())
+    return Crew(
+        len(processes),
+        max(process.n_threads for process in processes),
+        machine_bytes=machine_memory(),
+        n_network=sum(process.gpu is not None for process in processes),
+    )
 
 
 def _stays_here(workers: int | None, device: str, small: bool) -> bool:
