@@ -194,4 +194,4 @@ def test_stages_at_work_at_once_have_a_bar_each(capsys: pytest.CaptureFixture[st
     assert shown == ["stitch"]
     bars.close()
     said = capsys.readouterr().err
-    assert all(said.count(f"{stage:>8}: 100%") == 1 for stage in ("survey", "flows", "masks"))
+    assert all(f"{stage:>8}: 100%" in said for stage in ("survey", "flows", "masks"))
