@@ -177,6 +177,15 @@ def test_scale(tmp_path: Path) -> None:
     assert row["client MiB"] > 100
 
 
+def test_tasks(tmp_path: Path) -> None:
+    code, saved = run("tasks", tmp_path, "--tasks", "50")
+    (row,) = saved["rows"]
+    assert code == 0
+    assert row["tasks"] == 50
+    assert 20 < row["scheduler MiB"] < 1000
+    assert 20 < row["client MiB"] < 1000
+
+
 def test_scale_judges_the_largest_beside_the_smallest() -> None:
     scale = script("scale")
     first = {"size": "4096²", "worker MiB": 900.0, "client MiB": 800.0, "foreseen MiB": 1100.0, "objects": 10}

@@ -13,6 +13,7 @@ import pytest
 import tifffile
 import zarr
 
+from tiledseg import cli
 from tiledseg.cli import main
 from tiledseg.omezarr import write_image
 
@@ -181,3 +182,16 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     shown = subprocess.run(arguments, capture_output=True, text=True, env=os.environ)
     assert shown.returncode == 1
     assert "Traceback" in shown.stderr
+
+
+def test_stages_at_work_at_once_have_a_bar_each(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = cli._Bars()
+    for stage, done in (("survey", 1), ("flows", 1), ("masks", 1), ("flows", 2), ("masks", 2), ("stitch", 0)):
+        bars(stage, done, 1 if stage == "survey" else 2)
+        shown = list(bars._bars)
+        if stage == "masks" and done == 1:
+            assert shown == ["flows", "masks"]
+    assert shown == ["stitch"]
+    bars.close()
+    said = capsys.readouterr().err
+    assert all(f"{stage:>8}: 100%" in said for stage in ("survey", "flows", "masks"))

@@ -8,7 +8,7 @@ The pipeline, in the order in which a run goes through it:
 4. `stitch`: one identity for what several blocks saw.
 5. `publish`: labels with pyramid in OME-Zarr, and a table.
 
-`pipeline` runs them; `config` holds their settings; `store` is where they meet.
+`pipeline` runs them; `config` holds their settings; `store` is where they meet; `cluster` does their `tasks`.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ __all__ = ["main"]
 MISUSED = 2
 DIFFERENT = 1
 UNREAD = 141
+SHOWN_S = 0.05
+TLS_FILES = {"--tls-ca-file": "authority", "--tls-cert": "certificate to show", "--tls-key": "key of that certificate"}
 FOR_A_DIAMETER = CHANNEL_SETTINGS | {
     "invert",
     "model",
@@ -88,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(segment, Settings)
     segment.add_argument("--workers", type=int, metavar="N", help="processes on this machine")
     segment.add_argument("--scheduler", metavar="ADDRESS|FILE", help="a running Dask scheduler")
+    for flag, what in TLS_FILES.items():
+        segment.add_argument(flag, metavar="PEM", help=f"of a scheduler behind TLS, the {what}")
     segment.add_argument("--scratch", metavar="DIR", help="folder for what is in between (default: beside the labels)")
     segment.add_argument("--restart", action="store_true", help="discard what an earlier run left, and its labels")
     segment.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
@@ -179,33 +183,38 @@ def _settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Bars:
-    """A progress bar per stage, with rate and remaining time."""
+    """A progress bar per stage, with rate and remaining time; those of stages at work at once below each other."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._stage = ""
+        self._bars: dict[str, Any] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         from tqdm import tqdm
 
-        if stage != self._stage:
-            self.close()
-            self._stage = stage
-            self._bar = tqdm(total=total, initial=done, desc=f"{stage:>8}", unit=" pieces", file=sys.stderr)
-        self._bar.update(done - self._bar.n)
+        if stage not in self._bars:
+            self._close([name for name, bar in self._bars.items() if bar.n >= bar.total])
+            self._bars[stage] = tqdm(
+                total=total, initial=done, desc=f"{stage:>8}", unit=" pieces", file=sys.stderr, position=len(self._bars)
+            )
+        bar = self._bars[stage]
+        bar.update(done - bar.n)
 
     def close(self) -> None:
-        """End the bar that is shown."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        """End the bars that are shown."""
+        self._close(list(self._bars))
+
+    def _close(self, stages: list[str]) -> None:
+        for stage in stages:
+            self._bars.pop(stage).close()
 
 
 def _segment(options: argparse.Namespace) -> int:
+    from .clients import certificates
     from .pipeline import preview, segment
 
     where = {"output": options.output, "scratch": options.scratch, "axes": options.axes}
-    workers = {"scheduler": options.scheduler, "workers": options.workers}
+    security = certificates(options.tls_ca_file, options.tls_cert, options.tls_key)
+    workers = {"scheduler": options.scheduler, "workers": options.workers, "security": security}
     if options.dry_run:
         plan = preview(options.image, **where, **workers, measure=True, **_settings_of(options))
         _show(plan, options.json, _plan_text)
@@ -384,7 +393,7 @@ def _summary_text(facts: dict[str, Any]) -> list[str]:
     if kept:
         lines.append("resumed      " + ", ".join(f"{stage} {n} pieces kept" for stage, n in kept.items()))
     lines += [
-        "seconds      " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in facts["seconds"].items()),
+        "seconds      " + _seconds_text(facts),
         f"peak memory  {facts['peak_memory'] / 2**30:.2f} GiB over all processes",
         f"worked on    {facts['device']}, {facts['workers']}",
         f"labels       {facts['labels']}",
@@ -392,6 +401,13 @@ def _summary_text(facts: dict[str, Any]) -> list[str]:
         f"scratch      {facts['scratch']} (kept, so that mask settings can be changed; delete it when done)",
     ]
     return lines
+
+
+def _seconds_text(facts: dict[str, Any]) -> str:
+    """Seconds per stage, and in which two were at work."""
+    text = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in facts["seconds"].items())
+    at_once = facts["seconds_at_once"]
+    return text if at_once < SHOWN_S else f"{text} (two stages at once for {at_once:.1f})"
 
 
 def _plan_text(facts: dict[str, Any]) -> list[str]:

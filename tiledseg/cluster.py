@@ -1,8 +1,12 @@
 """Who does the work: threads of this process, or the workers of a Dask cluster.
 
-Both offer one method, `stream`: run a function over many items with a bounded number in flight and
-hand back results as they end. Nothing is ever mapped over everything, so the scheduler and the
-client stay small however many blocks there are.
+Both run functions over many items with a bounded number in flight and hand back results as they end: `stream`
+those of one function, `work` those of several stages at once; see `tasks`.
+
+Workers may say by Dask's resources what they are for. Where any has ``GPU``, tasks of the network go to those
+alone, as many at a time as it has of it; where any has ``CPU``, all other tasks go to those. Workers that say
+nothing take what there is, and where the network runs on a GPU a claim keeps all but one task at a time
+from each device (see `claims`).
 """
 
 from __future__ import annotations
@@ -10,78 +14,37 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
-import re
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
+from .claims import bind, claimed
+from .clients import CPU, GPU, client_of, local_client, local_processes, remote_client
 from .cores import CORES
-from .errors import ClusterError, DeviceError, SettingsError, TiledsegError
+from .errors import ClusterError, DeviceError, SettingsError
+from .machine import machine_memory, n_cores, peak_memory, resolve_device
 from .malloc import give_back_freed_memory
-from .store import as_output_error
+from .tasks import Item, Pool, Tasks, Troubles, run_tasks
 
 __all__ = ["Crew", "Executor", "connect", "crew_of", "n_cores", "peak_memory", "resolve_device"]
 
+logger = logging.getLogger(__name__)
 
-Item = Any
 Function = Callable[..., Any]
 
 IN_FLIGHT_PER_THREAD = 3
-RETRIES_OF_A_SUSPECT = 2
+NETWORK_AT_ONCE = 3
+"""Tasks in this process that share its GPU: one computes while others read and write."""
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "inproc"}
-
-
-def n_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def peak_memory() -> tuple[int, int]:
-    """Process id and the most memory in bytes this process ever had resident."""
-    import resource
-    import sys
-
-    status = Path("/proc/self/status")
-    if status.exists():
-        # What getrusage says on Linux includes the peak of the process that started this one.
-        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
-        if found:
-            return os.getpid(), int(found.group(1)) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return os.getpid(), peak if sys.platform == "darwin" else peak * 1024
-
-
-def resolve_device(device: str) -> str:
-    """The kind of device this process will use for ``"auto"``, ``"cpu"`` or ``"cuda"``.
-
-    Raises
-    ------
-    DeviceError
-        If a GPU is asked for and torch finds none.
-    """
-    if device == "cpu":
-        return "cpu"
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if device == "cuda":
-        raise DeviceError(
-            "device 'cuda' was asked for but torch finds no GPU here; check the driver and that torch was "
-            "installed with CUDA, or use --device cpu."
-        )
-    return "cpu"
-
-
-def machine_memory() -> int:
-    """Bytes that all processes of this machine, container or session may have."""
-    from distributed.system import MEMORY_LIMIT
-
-    return int(MEMORY_LIMIT)
+KNOWN_FOR_S = 1.0
+"""How long what the scheduler said of its workers is taken to hold."""
+POLL_S = 0.1
+SILENT_S = 60.0
+"""Without a worker for what is to be done for so long, it is said aloud."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +63,8 @@ class Crew:
         Bytes that this process and all workers have together; None if they are on other machines.
     in_process : bool
         Whether the one worker is this process.
+    n_network : int
+        Of the processes, those that run the network; 0 for all of them.
     """
 
     n_workers: int
@@ -107,6 +72,7 @@ class Crew:
     worker_limit: int | None = None
     machine_bytes: int | None = None
     in_process: bool = False
+    n_network: int = 0
 
 
 def _run_task(function: Function, item: Item, *args: Any) -> Any:
@@ -118,12 +84,27 @@ def _run_task(function: Function, item: Item, *args: Any) -> Any:
         give_back_freed_memory()
 
 
-def _run_on_worker(function: Function, item: Item, *args: Any) -> Any:
-    """The same on a Dask worker, whose threads are the cores."""
-    from distributed import get_worker
+@dataclass(frozen=True, eq=False)
+class _OnWorker:
+    """The same on a Dask worker, whose threads are the cores; sent once for many items."""
 
-    CORES.resize(int(get_worker().state.nthreads))
-    return _run_task(function, item, *args)
+    function: Function
+    args: tuple[Any, ...]
+    claims: bool
+
+    def __call__(self, item: Item) -> Any:
+        from distributed import get_worker
+
+        CORES.resize(int(get_worker().state.nthreads))
+        with claimed() if self.claims else contextlib.nullcontext():
+            return _run_task(self.function, item, *self.args)
+
+
+def _device_of_worker(wanted: str) -> str:
+    """The kind of device of a Dask worker, which chooses one of its GPUs before torch sees them."""
+    if wanted != "cpu":
+        bind()
+    return resolve_device(wanted)
 
 
 class Executor(Protocol):
@@ -131,75 +112,130 @@ class Executor(Protocol):
 
     in_process: bool
     description: str
+    troubles: Troubles
 
     @property
     def crew(self) -> Crew:
         """Who works, now."""
 
-    def stream(self, function: Function, items: Iterable[Item], *args: Any) -> Iterator[tuple[Item, Any]]:
+    def stream(
+        self, function: Function, items: Iterable[Item], *args: Any, name: str = "", **how: Any
+    ) -> Iterator[tuple[Item, Any]]:
         """Yield ``(item, function(item, *args))`` as they end, in any order.
 
-        An error of the function ends the stream after what is in flight has been handed back.
+        An error of the function that says what is wrong ends the stream after what is in flight has been handed
+        back; one that nobody foresaw, and the death of a worker, when all else is done. `name` and `how` are as in
+        `tasks.Tasks`.
         """
 
+    def work(self, *tasks: Tasks) -> None:
+        """Do tasks of several stages at once; errors as in `stream`."""
+
     def device(self, wanted: str) -> str:
-        """The kind of device the work will run on."""
+        """The kind of device the network will run on."""
 
     def ask(self, function: Callable[[], Any]) -> list[Any]:
-        """What a function says in every process that works now."""
+        """What a function says in every process that works for the network now."""
 
 
-class ThreadExecutor:
+class _Streams:
+    """What both executors do alike with the tasks that they are given."""
+
+    def __init__(self) -> None:
+        self.troubles = Troubles()
+
+    def _pool(self) -> Pool:
+        raise NotImplementedError
+
+    def stream(
+        self, function: Function, items: Iterable[Item], *args: Any, name: str = "", **how: Any
+    ) -> Iterator[tuple[Item, Any]]:
+        """Yield ``(item, function(item, *args))`` as they end, in any order."""
+        tasks = Tasks(name or getattr(function, "__name__", "task"), function, items, args, **how)
+        for _, item, result in run_tasks(self._pool(), [tasks], self.troubles):
+            yield item, result
+
+    def work(self, *tasks: Tasks) -> None:
+        """Do tasks of several stages at once."""
+        for done, item, result in run_tasks(self._pool(), tasks, self.troubles):
+            done.took(item, result)
+
+
+class ThreadExecutor(_Streams):
     """Threads of this process: no start-up, for images of a few blocks and machines of a few cores."""
 
     in_process = True
 
     def __init__(self, n_threads: int) -> None:
+        super().__init__()
         self.n_threads = n_threads
         self.description = f"this process, {n_threads} threads"
+        self._has_gpu = False
 
     @property
     def crew(self) -> Crew:
         """Who works: this process."""
         return Crew(1, self.n_threads, machine_bytes=machine_memory(), in_process=True)
 
-    def stream(self, function: Function, items: Iterable[Item], *args: Any) -> Iterator[tuple[Item, Any]]:
-        """Yield ``(item, function(item, *args))`` as they end, in any order."""
+    def _pool(self) -> Pool:
         CORES.resize(self.n_threads)
-        remaining = iter(items)
-        failure: BaseException | None = None
-        with ThreadPoolExecutor(self.n_threads, thread_name_prefix="tiledseg") as pool:
-            live: dict[Future[Any], Item] = {}
-
-            def submit(n: int) -> None:
-                for item in itertools.islice(remaining, n):
-                    live[pool.submit(_run_task, function, item, *args)] = item
-
-            submit(2 * self.n_threads)
-            while live:
-                ended, _ = wait(live, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    item = live.pop(future)
-                    error = future.exception()
-                    if error is None:
-                        yield item, future.result()
-                    elif failure is None:
-                        failure = _explained(error, function, item)
-                if failure is None:
-                    submit(2 * self.n_threads - len(live))
-        if failure is not None:
-            raise failure
+        return _Threads(self.n_threads, NETWORK_AT_ONCE if self._has_gpu else 0)
 
     def device(self, wanted: str) -> str:
-        """The kind of device the work will run on."""
-        return resolve_device(wanted)
+        """The kind of device the network will run on."""
+        kind = resolve_device(wanted)
+        self._has_gpu = kind != "cpu"
+        return kind
 
     def ask(self, function: Callable[[], Any]) -> list[Any]:
-        """What a function says in every process that works now."""
+        """What a function says in every process that works for the network now."""
         return [function()]
 
 
-class DaskExecutor:
+class _Threads:
+    """Does tasks in threads; those of the network in some of their own, if so many are given."""
+
+    def __init__(self, n_threads: int, n_network: int) -> None:
+        counts = {"cpu": n_threads, "network": n_network}
+        self._counts = {kind: n for kind, n in counts.items() if n}
+        self._pools = {
+            kind: ThreadPoolExecutor(n, thread_name_prefix=f"tiledseg-{kind}") for kind, n in self._counts.items()
+        }
+        self._live: dict[Future[Any], str] = {}
+
+    def _kind(self, kind: str) -> str:
+        return kind if kind in self._pools else "cpu"
+
+    def room(self, kind: str) -> int:
+        """How many tasks of a kind may be added now."""
+        n_live = sum(of == self._kind(kind) for of in self._live.values())
+        return 2 * self._counts[self._kind(kind)] - n_live
+
+    def submit(self, tasks: Tasks, items: Sequence[Item]) -> Sequence[Future[Any]]:
+        """Begin some items."""
+        kind = self._kind(tasks.kind)
+        futures = [self._pools[kind].submit(_run_task, tasks.function, item, *tasks.args) for item in items]
+        self._live.update(dict.fromkeys(futures, kind))
+        return futures
+
+    def ended(self) -> Iterator[tuple[Future[Any], BaseException | None, Any]]:
+        """Wait until something ends."""
+        for future in wait(self._live, return_when=FIRST_COMPLETED).done:
+            del self._live[future]
+            error = future.exception()
+            yield future, error, None if error else future.result()
+
+    def has_died(self, error: BaseException) -> bool:  # noqa: ARG002
+        """Whether an error means that workers died: threads die with this process."""
+        return False
+
+    def close(self) -> None:
+        """Wait for what has begun, forget what has not."""
+        for pool in self._pools.values():
+            pool.shutdown(cancel_futures=True)
+
+
+class DaskExecutor(_Streams):
     """Workers of a Dask cluster.
 
     Parameters
@@ -211,15 +247,19 @@ class DaskExecutor:
     in_process = False
 
     def __init__(self, client: Any) -> None:
+        super().__init__()
         self.client = client
-        workers = client.scheduler_info(n_workers=-1)["workers"]
-        threads = sum(worker["nthreads"] for worker in workers.values())
+        self._who = _Who(client)
+        workers = self._who.workers.values()
+        threads = sum(int(worker["nthreads"]) for worker in workers)
         self.description = f"{len(workers)} workers, {threads} threads"
+        if n_gpu := sum(_has(worker, GPU) > 0 for worker in workers):
+            self.description += f", {n_gpu} for the network"
 
     @property
     def crew(self) -> Crew:
         """Who works, now."""
-        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        workers = self._who.workers.values()
         threads = [int(worker["nthreads"]) for worker in workers]
         limits = [int(worker["memory_limit"]) for worker in workers if worker["memory_limit"]]
         are_here = all(worker["host"] in LOOPBACK for worker in workers)
@@ -228,66 +268,167 @@ class DaskExecutor:
             max(threads, default=1),
             min(limits, default=None),
             machine_memory() if are_here else None,
+            n_network=len(self._who.addresses("network")) if self._who.resource("network") else 0,
         )
 
-    def _window(self) -> int:
-        """Tasks to keep in flight for the workers there are now."""
-        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        return IN_FLIGHT_PER_THREAD * max(1, sum(int(worker["nthreads"]) for worker in workers))
-
-    def stream(self, function: Function, items: Iterable[Item], *args: Any) -> Iterator[tuple[Item, Any]]:
-        """Yield ``(item, function(item, *args))`` as they end, in any order.
-
-        When a worker dies every task it held becomes a suspect; suspects run again one at a time,
-        so that only a task that really kills workers fails.
-        """
-        from distributed import KilledWorker, as_completed
-
-        remaining, suspects, tries = iter(items), deque[Item](), Counter[Item]()
-        live: dict[str, tuple[Any, Item]] = {}
-        ended = as_completed(loop=self.client.loop, with_results=True, raise_errors=False)
-        failure: BaseException | None = None
-
-        def submit(batch: list[Item]) -> None:
-            futures = [self.client.submit(_run_on_worker, function, item, *args, pure=False) for item in batch]
-            live.update({future.key: (future, item) for future, item in zip(futures, batch, strict=True)})
-            ended.update(futures)
-
-        try:
-            submit(list(itertools.islice(remaining, self._window())))
-            while live:
-                for future, result in ended.next_batch(block=True):
-                    _, item = live.pop(future.key)
-                    error = _error_of(future, result)
-                    if error is None:
-                        yield item, result
-                    elif isinstance(error, KilledWorker) and tries[item] < RETRIES_OF_A_SUSPECT:
-                        tries[item] += 1
-                        suspects.append(item)
-                    else:
-                        failure = failure or _explained(error, function, item)
-                if failure is None:
-                    submit(list(itertools.islice(remaining, max(0, self._window() - len(live)))))
-                    if not live and suspects:
-                        submit([suspects.popleft()])
-        finally:
-            self.client.cancel([future for future, _ in live.values()])
-        if failure is not None:
-            raise failure
+    def _pool(self) -> Pool:
+        return _Workers(self.client, self._who)
 
     def device(self, wanted: str) -> str:
-        """The kind of device the work will run on, the same on every worker."""
-        kinds = set(self.client.run(resolve_device, wanted).values())
+        """The kind of device the network will run on, the same on every worker that it goes to."""
+        self._who.is_on_any = wanted == "cpu"
+        addresses = self._who.addresses("network")
+        if not addresses:
+            raise ClusterError("the cluster has no workers for the network; start some and try again.")
+        kinds = set(self.client.run(_device_of_worker, wanted, workers=addresses).values())
         if len(kinds) != 1:
             raise DeviceError(
-                "some workers have a GPU and some have none, and their results would differ in the last bits; "
-                "choose one kind with --device cpu or --device cuda."
+                "some workers have a GPU and some have none, and their results would differ in the last bits; start "
+                "those that have one with --resources GPU=1 and the others with --resources CPU=N for N threads, or "
+                "choose one kind with --device cpu."
             )
         return str(kinds.pop())
 
     def ask(self, function: Callable[[], Any]) -> list[Any]:
-        """What a function says in every process that works now."""
-        return list(self.client.run(function).values())
+        """What a function says in every process that works for the network now."""
+        return list(self.client.run(function, workers=self._who.addresses("network")).values())
+
+
+def _has(worker: dict[str, Any], resource: str) -> int:
+    """How many tasks at once a worker takes by one of its resources."""
+    return min(int(worker["nthreads"]), int(worker.get("resources", {}).get(resource, 0)))
+
+
+class _Who:
+    """Which workers there are, and which of them take tasks of a kind."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._asked_at = -KNOWN_FOR_S
+        self._workers: dict[str, Any] = {}
+        self._had_gpus = False
+        self.is_on_any = False
+        """Whether the network was sent to the CPU, of which every worker has one."""
+
+    @property
+    def workers(self) -> dict[str, Any]:
+        """What the scheduler says of each by its address."""
+        if time.monotonic() - self._asked_at >= KNOWN_FOR_S:
+            # What a lost scheduler means for the tasks in flight, these say themselves.
+            with contextlib.suppress(OSError):
+                self._workers = self._client.scheduler_info(n_workers=-1)["workers"]
+            self._asked_at = time.monotonic()
+            # A run that began on GPUs waits for another one when the last is lost: bits depend on the device.
+            self._had_gpus |= any(_has(worker, GPU) for worker in self._workers.values())
+        return self._workers
+
+    def resource(self, kind: str) -> str | None:
+        """The resource that tasks of a kind need; None if they go to any worker."""
+        workers = self.workers.values()
+        if kind == "network":
+            return GPU if self._had_gpus and not self.is_on_any else None
+        return CPU if any(_has(worker, CPU) for worker in workers) else None
+
+    def addresses(self, kind: str) -> list[str]:
+        """Workers that take tasks of a kind."""
+        needed = self.resource(kind)
+        if needed is not None:
+            return [address for address, worker in self.workers.items() if _has(worker, needed)]
+        if kind == "network":
+            return list(self.workers)
+        # Others than those of the network, if there are any that say nothing.
+        free = [address for address, worker in self.workers.items() if not _has(worker, GPU)]
+        return free or list(self.workers)
+
+    def slots(self, kind: str) -> int:
+        """Tasks of a kind that can be at work at once."""
+        needed, workers = self.resource(kind), self.workers
+        if needed is not None:
+            return sum(_has(worker, needed) for worker in workers.values())
+        return sum(int(workers[address]["nthreads"]) for address in self.addresses(kind))
+
+    def share(self, kind: str) -> frozenset[str]:
+        """Those who take tasks of a kind, to tell whether two kinds are done by the same."""
+        return frozenset(self.addresses(kind))
+
+    def options(self, kind: str) -> dict[str, Any]:
+        """What `distributed.Client.map` is told to send tasks of a kind there."""
+        needed = self.resource(kind)
+        if needed is not None:
+            return {"resources": {needed: 1}}
+        addresses = self.addresses(kind)
+        if len(addresses) == len(self.workers):
+            return {}
+        return {"workers": addresses, "allow_other_workers": True}
+
+
+class _Workers:
+    """Does tasks on Dask's workers."""
+
+    def __init__(self, client: Any, who: _Who) -> None:
+        from distributed import as_completed
+
+        self._client, self._who = client, who
+        self._stream, self._numbers = uuid.uuid4().hex[:8], itertools.count()
+        self._live: dict[Any, tuple[Any, str]] = {}
+        self._ended = as_completed(loop=client.loop, with_results=True, raise_errors=False)
+        self._lacks_since: float | None = None
+
+    def room(self, kind: str) -> int:
+        """How many tasks of a kind may be added now."""
+        n_live = Counter(of for _, of in self._live.values())
+        same = self._who.share(kind)
+        n_here = sum(n for of, n in n_live.items() if of == kind or self._who.share(of) == same)
+        return max(1, IN_FLIGHT_PER_THREAD * self._who.slots(kind)) - n_here
+
+    def submit(self, tasks: Tasks, items: Sequence[Item]) -> Sequence[Any]:
+        """Begin some items."""
+        keys = [(f"{tasks.name}-{self._stream}", next(self._numbers)) for _ in items]
+        call = _OnWorker(tasks.function, tasks.args, tasks.claims)
+        options = self._who.options(tasks.kind)
+        futures = self._client.map(call, list(items), key=keys, pure=False, **options)
+        self._live.update({future.key: (future, tasks.kind) for future in futures})
+        self._ended.update(futures)
+        return keys
+
+    def ended(self) -> Iterator[tuple[Any, BaseException | None, Any]]:
+        """Wait until something ends."""
+        condition = self._ended.thread_condition
+        while not self._ended.has_ready():
+            with condition:
+                # Asked again under its lock: what ends meanwhile wakes this thread.
+                if not self._ended.has_ready():
+                    condition.wait(POLL_S)
+            self._look_for_workers()
+        for future, result in self._ended.next_batch(block=False):
+            del self._live[future.key]
+            error = _error_of(future, result)
+            yield future.key, error, None if error else result
+
+    def _look_for_workers(self) -> None:
+        """Say it when nobody is there for long who could do what is in flight."""
+        lacking = [kind for kind in {kind for _, kind in self._live.values()} if not self._who.slots(kind)]
+        if not lacking:
+            self._lacks_since = None
+            return
+        now = time.monotonic()
+        if self._lacks_since is None:
+            self._lacks_since = now
+        elif now - self._lacks_since > SILENT_S:
+            needed = self._who.resource(lacking[0])
+            what = f"with {needed} among its resources " if needed else ""
+            logger.warning("no worker %sis left; waiting until one comes.", what)
+            self._lacks_since = float("inf")
+
+    def has_died(self, error: BaseException) -> bool:
+        """Whether an error means that workers died at a task."""
+        from distributed import KilledWorker
+
+        return isinstance(error, KilledWorker)
+
+    def close(self) -> None:
+        """Forget what is in flight."""
+        self._client.cancel([future for future, _ in self._live.values()])
 
 
 def _error_of(future: Any, result: Any) -> BaseException | None:
@@ -297,98 +438,28 @@ def _error_of(future: Any, result: Any) -> BaseException | None:
     if isinstance(result, tuple) and len(result) == 3 and isinstance(result[1], BaseException):
         return result[1]
     error = future.exception() if future.status == "error" else None
-    return error or ClusterError(f"a task was lost ({future.status}); run the same command again.")
-
-
-def _explained(error: BaseException, function: Function, item: Item) -> BaseException:
-    """Our own errors as they are; what the disk or a dead worker says as a sentence."""
-    if isinstance(error, TiledsegError):
-        return error
-    if isinstance(error, OSError):
-        return as_output_error(error, error.filename or "the labels or the scratch folder")
-    if type(error).__name__ == "KilledWorker":
-        return ClusterError(
-            f"workers died repeatedly at {function.__module__} {item}, most likely for want of memory; give "
-            "smaller blocks (--block) or workers with more memory, then run the same command again: what is "
-            "done is kept."
-        )
-    return error
-
-
-def _devices(workers: int | None, device: str) -> list[str | None]:
-    """For each process to make here the GPU it is pinned to, None on a CPU."""
-    if device == "cpu" or resolve_device(device) == "cpu":
-        return [None] * (workers or max(1, n_cores() // 4))
-    import torch
-
-    n_gpus = torch.cuda.device_count()
-    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))).split(",")
-    return [visible[i % n_gpus] for i in range(workers or n_gpus)]
+    return error or ClusterError(
+        f"a task was lost ({future.status}), most likely with its scheduler; run the same command again: what is done "
+        "is kept."
+    )
 
 
 def crew_of(workers: int | None, device: str, small: bool) -> Crew:
     """Who would work, with neither client nor scheduler given; starts nothing. See `connect`."""
     if _stays_here(workers, device, small):
         return ThreadExecutor(n_cores()).crew
-    n_workers = len(_devices(workers, device))
-    return Crew(n_workers, max(1, n_cores() // n_workers), machine_bytes=machine_memory())
+    processes = local_processes(workers, device)
+    return Crew(
+        len(processes),
+        max(process.n_threads for process in processes),
+        machine_bytes=machine_memory(),
+        n_network=sum(process.gpu is not None for process in processes),
+    )
 
 
 def _stays_here(workers: int | None, device: str, small: bool) -> bool:
     """Whether threads of this process do the work: a single process beside it would only cost its start."""
-    return workers is None and (small or len(_devices(None, device)) == 1)
-
-
-@contextlib.contextmanager
-def _local_client(workers: int | None, device: str) -> Iterator[Any]:
-    """A cluster of processes on this machine, gone with the context."""
-    from distributed import Client, Nanny, Scheduler, SpecCluster
-
-    devices = _devices(workers, device)
-    options = {
-        "nthreads": max(1, n_cores() // len(devices)),
-        "memory_limit": 0,  # blocks bound the memory; a limit guessed here would kill workers instead
-        "dashboard": False,
-        "silence_logs": logging.CRITICAL,
-        # Without a dashboard nobody sees the profile, which grows with time.
-        "config": {"distributed.worker.profile.enabled": False},
-    }
-    specs = {
-        i: {"cls": Nanny, "options": {**options, "env": {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}}}
-        for i, gpu in enumerate(devices)
-    }
-    addresses = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
-    scheduler = {"cls": Scheduler, "options": {"dashboard": False, **addresses}}
-    with (
-        SpecCluster(workers=specs, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
-
-
-@contextlib.contextmanager
-def _remote_client(address: str) -> Iterator[Any]:
-    """A client of the scheduler at an address or named in a scheduler file."""
-    from distributed import Client
-
-    is_file = "://" not in address and (address.endswith(".json") or Path(address).exists())
-    if is_file and not Path(address).exists():
-        raise ClusterError(f"scheduler file {address} does not exist; give the file the scheduler wrote.")
-    try:
-        where = {"scheduler_file": address} if is_file else {"address": address}
-        client = Client(**where, timeout="15s", set_as_default=False)
-    except (OSError, TimeoutError, ValueError, TypeError) as error:
-        raise ClusterError(
-            f"no Dask scheduler answers at {address} ({type(error).__name__}); check the address and that it "
-            "is running, or leave --scheduler out to work on this machine."
-        ) from error
-    with client:
-        if not client.scheduler_info(n_workers=-1)["workers"]:
-            try:
-                client.wait_for_workers(1, timeout=60)
-            except TimeoutError as error:
-                raise ClusterError(f"the scheduler at {address} has no workers; start some and try again.") from error
-        yield client
+    return workers is None and (small or len(local_processes(None, device)) == 1)
 
 
 @contextlib.contextmanager
@@ -399,22 +470,25 @@ def connect(
     workers: int | None = None,
     device: str = "auto",
     small: bool = False,
+    security: Any = None,
 ) -> Iterator[Executor]:
     """An executor for the cluster that was asked for.
 
     Parameters
     ----------
     client : distributed.Client or cluster, optional
-        Used as it is and left open.
+        Used as it is and left open. Any object with a ``scheduler_address`` counts as a cluster.
     scheduler : str, optional
         Address or scheduler file.
     workers : int, optional
-        Processes on this machine; default one for every four cores, one per GPU, and where that is one,
-        this process.
+        Processes on this machine. Default: one for every GPU and one for every four of the cores that are left; where
+        that is one, this process.
     device : str
         Setting of the run.
     small : bool
         The image has a few blocks only: with nothing else asked for, stay in this process.
+    security : distributed.Security, optional
+        Certificates for a scheduler behind TLS; without, those that Dask's configuration names.
 
     Raises
     ------
@@ -427,25 +501,14 @@ def connect(
         raise SettingsError("workers belong to the cluster of the scheduler; leave out --workers or --scheduler.")
     if workers is not None and workers < 1:
         raise SettingsError(f"workers must be at least 1, not {workers}.")
+    if security is not None and scheduler is None:
+        raise SettingsError("certificates are for a scheduler that is given by its address or file; give --scheduler.")
     with contextlib.ExitStack() as stack:
         if client is not None:
-            yield DaskExecutor(_as_client(client, stack))
+            yield DaskExecutor(stack.enter_context(client_of(client)))
         elif scheduler is not None:
-            yield DaskExecutor(stack.enter_context(_remote_client(scheduler)))
+            yield DaskExecutor(stack.enter_context(remote_client(scheduler, security)))
         elif _stays_here(workers, device, small):
             yield ThreadExecutor(n_cores())
         else:
-            yield DaskExecutor(stack.enter_context(_local_client(workers, device)))
-
-
-def _as_client(client: Any, stack: contextlib.ExitStack) -> Any:
-    """A client from a client or from any cluster object; what is opened here is closed again."""
-    from distributed import Client
-
-    if not hasattr(client, "submit"):
-        if not hasattr(client, "scheduler_address"):
-            raise SettingsError(f"client must be a Dask client or cluster, not {type(client).__name__}.")
-        client = stack.enter_context(Client(client, set_as_default=False))
-    if getattr(client, "asynchronous", False):
-        raise SettingsError("an asynchronous Dask client was given; pass a synchronous one.")
-    return client
+            yield DaskExecutor(stack.enter_context(local_client(local_processes(workers, device))))

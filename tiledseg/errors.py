@@ -4,12 +4,17 @@ Every error a user can cause derives from :class:`TiledsegError` and also from t
 Python reader would expect. The text of each says what is wrong, where, and what to do.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 __all__ = [
     "ClusterError",
     "DeviceError",
     "ImageError",
     "ModelError",
     "OutputError",
+    "QuarantineError",
     "ScratchError",
     "SegmenterError",
     "SettingsError",
@@ -73,3 +78,18 @@ class SegmenterError(TiledsegError, RuntimeError):
 
 class ClusterError(TiledsegError, RuntimeError):
     """A scheduler cannot be reached, or work on it failed beyond repair."""
+
+
+class QuarantineError(TiledsegError, RuntimeError):
+    """Some pieces of a run fail whenever they are tried; the rest is done.
+
+    Parameters
+    ----------
+    message : str
+    pieces : tuple of tasks.Quarantined
+        What failed, where, and how.
+    """
+
+    def __init__(self, message: str, pieces: tuple[Any, ...] = ()) -> None:
+        super().__init__(message)
+        self.pieces = pieces

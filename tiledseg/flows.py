@@ -24,13 +24,15 @@ import numpy.typing as npt
 from .cluster import Executor, peak_memory
 from .cores import CORES
 from .frames import frame_region
-from .grid import Index, Lattice, Region, enclosing, region_shape, shift
+from .grid import Index, Lattice, Region, enclosing, region_shape, region_text, shift
 from .job import CELLPROB_FLOOR, N_OUTPUTS, Job, Sheet
 from .networks.runner import load_network
 from .progress import Progress
+from .reach import Reach
+from .tasks import Tasks
 from .working import pixels_to_read, read_tile
 
-__all__ = ["PIXELS_AT_ONCE", "compute_chunk", "group_shape", "process_block", "run"]
+__all__ = ["PIXELS_AT_ONCE", "compute_chunk", "group_shape", "process_block", "run", "tasks_of"]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -71,7 +73,7 @@ def process_block(outputs: dict[Index, FloatArray], lattice: Lattice, piece: Reg
 
 def compute_chunk(number: int, job: Job) -> dict[str, Any]:
     """Task: run the network on the tiles of one chunk and store the piece."""
-    sheet, index = _find(job, number)
+    sheet, index = Reach(job).chunk(number)
     lattice, working = sheet.lattice, job.working(sheet.moment)
     frame, chunk = sheet.frame_of(index[: len(sheet.frames)]), index[len(sheet.frames) :]
     tiles = lattice.tiles_of(chunk)
@@ -86,16 +88,6 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
         piece[(slice(None), *shift(part, tuple(p.start for p in whole)))] = process_block(outputs, lattice, part)
     job.store.open(sheet.name)[index] = piece
     return {"n_tiles": len(wanted), "n_skipped": len(tiles) - len(wanted), "peak": peak_memory()}
-
-
-def _find(job: Job, number: int) -> tuple[Sheet, Index]:
-    """The sheet that a chunk is in, and its index in the array."""
-    for sheet in job.sheets:
-        n_chunks = math.prod(sheet.chunk_counts)
-        if number < n_chunks:
-            return sheet, tuple(int(i) for i in np.unravel_index(number, sheet.chunk_counts))
-        number -= n_chunks
-    raise RuntimeError(f"there is no chunk {number} of the flows")
 
 
 def _planes_together(lattice: Lattice) -> int:
@@ -179,19 +171,47 @@ def _reader(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> Callabl
     return lambda region: whole[(slice(None), *shift(region, origin))]
 
 
-def run(job: Job, executor: Executor, progress: Progress) -> dict[str, int]:
-    """Compute the chunks that are missing; returns how many tiles were computed and skipped now."""
+def _where(job: Job, number: int) -> str:
+    """A chunk, and what it covers of the image."""
+    sheet, index = Reach(job).chunk(number)
+    n = len(sheet.frames)
+    inside = job.working(sheet.moment).region_in_image(sheet.lattice.piece_region(index[n:]))
+    region = region_text(job.extent.axes, frame_region(sheet.frame_of(index[:n]), inside))
+    return f"chunk {index} of {sheet.name.removeprefix('flows.zarr/')} at {region}"
+
+
+def tasks_of(job: Job, progress: Progress) -> tuple[Tasks, dict[str, int]]:
+    """The chunks that are missing, and where it is counted how many tiles are computed and skipped now."""
     n_chunks = 0
     for sheet in job.sheets:
         ones = (1,) * len(sheet.chunk_counts)
         job.store.create(sheet.name, sheet.array_shape, (*ones, N_OUTPUTS, *sheet.lattice.piece_shape), "float16")
         n_chunks += math.prod(sheet.chunk_counts)
     done = job.store.done("flows")
-    progress.start("flows", n_chunks, len(done))
     totals = {"n_tiles": 0, "n_skipped": 0}
-    todo = (number for number in range(n_chunks) if number not in done)
-    for number, record in executor.stream(compute_chunk, todo, job):
+
+    def took(number: int, record: dict[str, Any]) -> None:
         job.store.mark("flows", [number])
-        totals = {key: totals[key] + record[key] for key in totals}
-        progress.step(record["peak"])
+        for key in totals:
+            totals[key] += record[key]
+        progress.step(record["peak"], "flows")
+
+    tasks = Tasks(
+        "flows",
+        compute_chunk,
+        (number for number in range(n_chunks) if number not in done),
+        (job,),
+        kind="network",
+        claims=job.device != "cpu",
+        where=lambda number: _where(job, number),
+        begin=lambda: progress.start("flows", n_chunks, len(done)),
+        took=took,
+    )
+    return tasks, totals
+
+
+def run(job: Job, executor: Executor, progress: Progress) -> dict[str, int]:
+    """Compute the chunks that are missing; returns how many tiles were computed and skipped now."""
+    tasks, totals = tasks_of(job, progress)
+    executor.work(tasks)
     return totals

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .claims import claimed_if_free
 from .heat import object_centres, sum_errors
 from .particles import CHECK_EVERY, SETTLED, check_flows
 
@@ -34,14 +35,22 @@ GPU = threading.Lock()
 
 @contextlib.contextmanager
 def idle_device(device: str) -> Iterator[str]:
-    """The run's device if it has nothing else to do, ``"cpu"`` otherwise."""
-    if device == "cpu" or not GPU.acquire(blocking=False):
+    """The run's device if this process has it and it has nothing else to do, ``"cpu"`` otherwise."""
+    if device == "cpu" or not _is_here() or not GPU.acquire(blocking=False):
         yield "cpu"
         return
     try:
-        yield device
+        with claimed_if_free() as is_free:
+            yield device if is_free else "cpu"
     finally:
         GPU.release()
+
+
+def _is_here() -> bool:
+    """Whether this process has a GPU: beside workers that do, there are others."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def follow_flows(flows: FloatArray, is_foreground: npt.NDArray[np.bool_], niter: int, device: str) -> Labels:

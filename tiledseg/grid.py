@@ -54,6 +54,7 @@ __all__ = [
     "linear_weights",
     "overlap",
     "region_shape",
+    "region_text",
     "shift",
 ]
 
@@ -68,6 +69,11 @@ MAX_WORKING_RATIO = 64.0
 def region_shape(region: Region) -> tuple[int, ...]:
     """Shape of a region given as slices with start and stop."""
     return tuple(part.stop - part.start for part in region)
+
+
+def region_text(axes: str, region: Region) -> str:
+    """A region for people: ``y 0:512, x 512:700``."""
+    return ", ".join(f"{axis} {part.start}:{part.stop}" for axis, part in zip(axes, region, strict=True))
 
 
 def shift(region: Region, by: Index) -> Region:
@@ -156,6 +162,11 @@ class BlockGrid:
     def index_of(self, number: int) -> Index:
         """Index of the block at this position in raster order."""
         return tuple(int(i) for i in np.unravel_index(number, self.counts))
+
+    def text(self, axes: str, number: int) -> str:
+        """The block at this position for people: its index, and its core."""
+        block = self.at(self.index_of(number))
+        return f"block {block.index} at {region_text(axes, block.core)}"
 
     def touching(self, region: Region) -> Iterator[Index]:
         """Blocks whose core meets a region, in raster order."""

@@ -26,21 +26,31 @@ from .cores import CORES
 from .dynamics import finish_masks, gather_pixels
 from .frames import frame_region, read_channels, refuse_missing
 from .gpu import idle_device
-from .grid import Block, Index, Region, WorkingGrid, interpolate, overlap, region_shape, samples_needed, shift
+from .grid import (
+    Block,
+    Index,
+    Region,
+    WorkingGrid,
+    interpolate,
+    overlap,
+    region_shape,
+    region_text,
+    samples_needed,
+    shift,
+)
 from .inputs import channels_of
 from .job import CELLPROB_FLOOR, Job, has_size_limits
 from .links import link_planes
 from .progress import Progress
+from .reach import SMOOTHING_REACH, grown_blocks, smoothing, smoothing_reach
 from .segmenters import Segmenter, drop_small
+from .tasks import Tasks
 
-__all__ = ["label_block", "process_block", "read_flows", "run"]
+__all__ = ["label_block", "process_block", "read_flows", "run", "tasks_of"]
 
 FloatArray = npt.NDArray[np.float32]
 LabelArray = npt.NDArray[np.uint32]
 
-HALO_GROWTHS = (1, 2, 4)
-SMOOTHING_REACH = 4.0
-"""Standard deviations after which a Gaussian ends."""
 CHUNK = {2: 512, 3: 128}
 """Side of a chunk of the stored labels, by the number of axes that objects extend along."""
 
@@ -118,7 +128,7 @@ def _values_of(job: Job, frame: Index, region: Region) -> tuple[FloatArray, list
     def read(wide: Region) -> FloatArray:
         return read_flows(job, frame, wide)
 
-    values = _smoothed(read, needed, working.shape, _smoothing(job))
+    values = _smoothed(read, needed, working.shape, smoothing(job))
     places = (working.to_image(p.start, p.stop, axis) for axis, p in enumerate(needed))
     _hide(job, frame, values, [np.floor(at + 0.5).astype(np.int64) for at in places])
     return values, [i - p.start for i, p in zip(nearest, needed, strict=True)]
@@ -133,7 +143,7 @@ def _resampled(job: Job, working: WorkingGrid, frame: Index, region: Region) -> 
         positions = [(c, n, p.start) for c, n, p in zip(coordinates, working.shape, needed, strict=True)]
         return np.ascontiguousarray(interpolate(read_flows(job, frame, needed), positions))
 
-    values = _smoothed(read, region, working.image_shape, _smoothing(job))
+    values = _smoothed(read, region, working.image_shape, smoothing(job))
     for axis, scale in enumerate(working.scale):
         if scale != working.scale[-1]:
             # A step of one pixel of y and x is a smaller part of a thick plane.
@@ -152,18 +162,13 @@ def _hide(job: Job, frame: Index, values: FloatArray, places: list[npt.NDArray[n
     values[-1][~wanted[np.ix_(*(at - at[0] for at in inside))]] = -np.inf
 
 
-def _smoothing(job: Job) -> float:
-    """Standard deviation of what flows are smoothed with."""
-    return job.settings.masks.flow3d_smooth if len(job.extent.flows) == 3 else 0.0
-
-
 def _smoothed(read: Callable[[Region], FloatArray], region: Region, shape: Index, sigma: float) -> FloatArray:
     """A region of the flows, smoothed by what lies around it: the same wherever the region ends."""
     if not sigma:
         return read(region)
     from scipy.ndimage import gaussian_filter
 
-    reach = int(SMOOTHING_REACH * sigma + 0.5)
+    reach = smoothing_reach(sigma)
     wide = tuple(slice(max(0, p.start - reach), min(n, p.stop + reach)) for p, n in zip(region, shape, strict=True))
     values = read(wide)
     for flow in values[:-1]:
@@ -180,7 +185,7 @@ def _labels_of(job: Job, block: Block) -> tuple[LabelArray, int]:
     """
     masks, is_flat, n = job.settings.masks, len(job.extent.flows) == 2, job.extent.n_flow_frames
     frame = tuple(p.start for p in block.core[:n])
-    for grown in _growing(job, block):
+    for grown in grown_blocks(job, block):
         values, nearest = _values_of(job, frame, grown.padded[n:])
         with idle_device(job.device) as device:
             gathered = process_block(values, masks, job.niter(job.moment_of(frame)), device)
@@ -201,16 +206,6 @@ def _labels_of(job: Job, block: Block) -> tuple[LabelArray, int]:
     return _inside(_at_pixels(finished, nearest), grown, block, n), cut.size
 
 
-def _growing(job: Job, block: Block) -> Iterator[Block]:
-    """The block with its halo, then with larger ones if the halo is automatic."""
-    grid = job.blocks
-    for growth in HALO_GROWTHS if job.settings.masks.halo == "auto" else HALO_GROWTHS[:1]:
-        grown = grid.at(block.index, tuple(h * growth for h in grid.halo))
-        n = job.extent.n_flow_frames
-        # Of planes that are stitched each is looked at by itself.
-        yield Block(block.index, (*block.core[:n], *grown.core[n:]), (*block.core[:n], *grown.padded[n:]))
-
-
 def _inside(labels: Any, grown: Block, block: Block, n_frames: int) -> Any:
     """Labels of the grown block as far as the block itself reaches."""
     inner = shift(block.padded[n_frames:], tuple(p.start for p in grown.padded[n_frames:]))
@@ -220,7 +215,7 @@ def _inside(labels: Any, grown: Block, block: Block, n_frames: int) -> Any:
 def _labels_by_function(job: Job, segmenter: Segmenter, block: Block) -> tuple[LabelArray, int]:
     """As `_labels_of`, by a function of the pixels."""
     image, n = job.image, job.extent.n_flow_frames
-    for grown in _growing(job, block):
+    for grown in grown_blocks(job, block):
         if job.settings.survey.missing_chunks == "refuse":
             refuse_missing(image, 0, grown.padded, channels_of(job.inputs))
         inner = region_shape(grown.padded[n:])
@@ -230,8 +225,8 @@ def _labels_by_function(job: Job, segmenter: Segmenter, block: Block) -> tuple[L
             pixels = job.inputs[0].read(image, 0, grown.padded).reshape(inner)
         if not image.is_shippable:
             pixels = pixels.copy()  # the function may write into it, and this may be the caller's own array
-        region = ", ".join(f"{a} {p.start}:{p.stop}" for a, p in zip(job.extent.axes, grown.padded, strict=True))
-        labels = segmenter.label(pixels, f"block {block.index} ({region})", job.store)
+        where = f"block {block.index} ({region_text(job.extent.axes, grown.padded)})"
+        labels = segmenter.label(pixels, where, job.store)
         if job.mask is not None:
             labels = np.where(job.mask.at(grown.padded).reshape(inner), labels, np.uint32(0))
         if _cut_by_halo(labels, grown, job.shape, n).size == 0:
@@ -343,8 +338,8 @@ def _keep_core_objects(
     return table[labels], np.concatenate([position, np.full(beside.size, -1)]).astype(np.int64), table[links]
 
 
-def run(job: Job, executor: Executor, progress: Progress) -> None:
-    """Label the blocks that are missing."""
+def tasks_of(job: Job, progress: Progress, begin: Callable[[], None] = lambda: None) -> Tasks:
+    """The blocks that are missing; `begin` is called before the first."""
     grid = job.blocks
     side = CHUNK[len(job.extent.objects)]
     chunks = tuple(min(side, n) for n in grid.padded_shape)
@@ -353,8 +348,21 @@ def run(job: Job, executor: Executor, progress: Progress) -> None:
     )
     stage = f"{job.labels}/masks"
     done = job.store.done(stage)
-    progress.start("masks", grid.n_blocks, len(done))
-    todo = (number for number in range(grid.n_blocks) if number not in done)
-    for number, record in executor.stream(label_block, todo, job):
+
+    def start() -> None:
+        begin()
+        progress.start("masks", grid.n_blocks, len(done), beside=True)
+
+    def took(number: int, record: dict[str, Any]) -> None:
         job.store.mark(stage, [number])
-        progress.step(record["peak"])
+        progress.step(record["peak"], "masks")
+
+    todo = (number for number in range(grid.n_blocks) if number not in done)
+    return Tasks(
+        "masks", label_block, todo, (job,), where=lambda n: grid.text(job.extent.axes, n), begin=start, took=took
+    )
+
+
+def run(job: Job, executor: Executor, progress: Progress) -> None:
+    """Label the blocks that are missing."""
+    executor.work(tasks_of(job, progress))

@@ -30,6 +30,7 @@ from .omezarr import labels_exist, level_array
 from .pictures import histogram
 from .preflight import Preflight
 from .progress import Listener, Progress
+from .reach import in_order
 from .repair import forget
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
 from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
@@ -80,7 +81,9 @@ class Report:
     n_tiles, n_skipped_tiles : int
         Network tiles computed by this call, and those skipped as empty; 0 without a network.
     seconds : dict of str to float
-        Per stage, of this call.
+        Per stage, of this call. Flows and masks may be at work at once; both count then.
+    seconds_at_once : float
+        In which two stages were at work.
     computed, kept : dict of str to int
         Pieces per stage computed by this call, and kept from an earlier one.
     peak_memory : int
@@ -111,6 +114,7 @@ class Report:
     n_tiles: int
     n_skipped_tiles: int
     seconds: dict[str, float]
+    seconds_at_once: float
     computed: dict[str, int]
     kept: dict[str, int]
     peak_memory: int
@@ -173,6 +177,7 @@ def segment(
     client: Any = None,
     scheduler: str | None = None,
     workers: int | None = None,
+    security: Any = None,
     scratch: str | os.PathLike[str] | None = None,
     restart: bool = False,
     axes: str | None = None,
@@ -198,6 +203,8 @@ def segment(
         Address or scheduler file of a running Dask scheduler.
     workers : int, optional
         Number of processes to make here, also if it is one.
+    security : distributed.Security, optional
+        Certificates for a scheduler behind TLS; without, those that Dask's configuration names.
     scratch : path, optional
         Folder for what is in between, reachable by all workers. Default: beside the output.
     restart : bool
@@ -256,7 +263,9 @@ def segment(
     told = Progress(progress)
     with (
         scratch_of(place) as store,
-        connect(client, scheduler=scheduler, workers=workers, device=device, small=is_small) as executor,
+        connect(
+            client, scheduler=scheduler, workers=workers, device=device, small=is_small, security=security
+        ) as executor,
     ):
         if segmenter is None:
             device = executor.device(device)
@@ -292,10 +301,12 @@ def _run(
         masks_settings = dataclasses.replace(job.settings.masks, block=preflight.settings.masks.block)
         job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, masks=masks_settings))
         job = dataclasses.replace(job, labels=labels_folder(job, place, run_id))
+        mask_tasks = masks.tasks_of(job, progress, begin=are_ready)
         if job.segmenter is None:
-            tiles = flows.run(job, executor, progress)
-        are_ready()
-        masks.run(job, executor, progress)
+            flow_tasks, tiles = flows.tasks_of(job, progress)
+            executor.work(*in_order(job, flow_tasks, mask_tasks))
+        else:
+            executor.work(mask_tasks)
         facts = stitch.run(job, executor, progress)
         publish.run(job, executor, progress)
     progress.note_peak(peak_memory())
@@ -312,6 +323,7 @@ def _run(
         n_tiles=tiles["n_tiles"],
         n_skipped_tiles=tiles["n_skipped"],
         seconds=progress.seconds,
+        seconds_at_once=progress.seconds_at_once,
         computed=progress.computed,
         kept=progress.kept,
         peak_memory=progress.peak_memory,
@@ -559,11 +571,11 @@ def _state(place: Place) -> str:
     return "nothing yet"
 
 
-def _crew(client: Any, scheduler: str | None, workers: int | None, settings: Settings, small: bool) -> Crew:
+def _crew(who: dict[str, Any], settings: Settings, small: bool) -> Crew:
     """Who would work; nothing is started for it."""
-    if client is None and scheduler is None:
-        return crew_of(workers, settings.flows.device, small)
-    with connect(client, scheduler=scheduler, workers=workers) as executor:
+    if who["client"] is None and who["scheduler"] is None:
+        return crew_of(who["workers"], settings.flows.device, small)
+    with connect(**who) as executor:
         return executor.crew
 
 
@@ -574,6 +586,7 @@ def preview(
     client: Any = None,
     scheduler: str | None = None,
     workers: int | None = None,
+    security: Any = None,
     scratch: str | os.PathLike[str] | None = None,
     axes: str | None = None,
     measure: bool = False,
@@ -583,7 +596,7 @@ def preview(
 
     Parameters
     ----------
-    image, output, client, scheduler, workers, scratch, axes, settings
+    image, output, client, scheduler, workers, security, scratch, axes, settings
         As for `segment`.
     measure : bool
         Measure for a few seconds how fast this machine is, and foretell how long the run takes.
@@ -604,7 +617,7 @@ def preview(
     place = place_of(opened, output, scratch, chosen)
     _check_geometry(model, chosen, opened)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
-    crew = _crew(client, scheduler, workers, chosen, is_small)
+    crew = _crew({"client": client, "scheduler": scheduler, "workers": workers, "security": security}, chosen, is_small)
     device = "cpu" if chosen.flows.device == "cpu" else resolve_device("auto")
     diameter = _expected_diameter(opened, chosen, _model_of(chosen), place)
     precision = chosen.flows.precision

@@ -299,7 +299,7 @@ class Preflight:
         if isinstance(self.labeller, Segmenter):
             return {}
         needs, crew = self.needs(diameter), self.crew
-        tiles = tiles_per_second(self.labeller, self.device, crew.n_threads) * crew.n_workers
+        tiles = tiles_per_second(self.labeller, self.device, crew.n_threads) * (crew.n_network or crew.n_workers)
         pixels = pixels_per_second(len(self._extent.flows), crew.n_threads) * crew.n_workers
         return {"flows": needs.n_tiles / tiles, "masks": needs.n_pixels / pixels}
 

@@ -14,6 +14,7 @@ Parallel over
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ import numpy.typing as npt
 from .cluster import Executor, peak_memory
 from .disk import settle
 from .frames import read_channels
-from .grid import Index, Region, overlap, region_shape, shift
+from .grid import Index, Region, overlap, region_shape, region_text, shift
 from .job import Job
 from .objects import measure_objects
 from .omezarr import finish_labels, level_array, read_level
@@ -260,6 +261,11 @@ def _rows_of(job: Job, parts: Measured) -> Any:
     return pyarrow.table(columns)
 
 
+def _where(job: Job, level: int, position: int) -> str:
+    """A region of a level, for messages."""
+    return f"region {region_text(job.extent.axes, _level(job, level)[1][position])} of level {level}"
+
+
 def run(job: Job, executor: Executor, progress: Progress) -> None:
     """Write what is missing of the labels, the pyramid, the table and the metadata."""
     n_levels = 1 if job.plan is None else job.plan.n_levels
@@ -270,9 +276,10 @@ def run(job: Job, executor: Executor, progress: Progress) -> None:
     for level, (stage, count) in enumerate(zip(stages, counts, strict=True)):
         todo = [position for position in range(count) if position not in done[level]]
         task, args = (paint_region, ()) if level == 0 else (shrink_region, (level,))
-        for position, record in executor.stream(task, todo, job, *args):
+        where = functools.partial(_where, job, level)
+        for position, record in executor.stream(task, todo, job, *args, name="publish", where=where):
             job.store.mark(stage, [position])
             progress.step(record["peak"])
     if job.plan is not None:
-        list(executor.stream(write_table, [0], job))
+        list(executor.stream(write_table, [0], job, name="table", where=lambda _: "of all objects"))
         finish_labels(job.plan)

@@ -15,6 +15,7 @@ Parallel over
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -281,11 +282,12 @@ def run(job: Job, executor: Executor, progress: Progress) -> dict[str, Any]:
     known = job.store.read_json(f"{job.labels}/stitch.json")
     progress.start("stitch", n_blocks + 1, len(done) + (known is not None))
     todo = (position for position in range(n_blocks) if position not in done)
-    for position, record in executor.stream(match_block, todo, job):
+    where = functools.partial(job.blocks.text, job.extent.axes)
+    for position, record in executor.stream(match_block, todo, job, name="stitch", where=where):
         job.store.mark(stage, [position])
         progress.step(record["peak"])
     if known is None:
-        for _, record in executor.stream(merge, [0], job):
+        for _, record in executor.stream(merge, [0], job, name="merge", where=lambda _: "of all blocks"):
             known = record["facts"]
             job.store.write_json(f"{job.labels}/stitch.json", known)
             progress.step(record["peak"])

@@ -29,7 +29,7 @@ from .dynamics import compute_masks
 from .errors import ModelError
 from .foreground import foreground_map
 from .frames import Extent, label_shape, level_geometry, refuse_missing
-from .grid import Index, Region, WorkingGrid, region_shape, shift
+from .grid import Index, Region, WorkingGrid, region_shape, region_text, shift
 from .images import Image
 from .inputs import channels_of
 from .job import Diameter, Job, Moment, Surveyed
@@ -262,7 +262,11 @@ def run(job: Job, executor: Executor, progress: Progress) -> Surveyed:
     done = job.store.done("survey")
     progress.start("survey", n_regions, len(done))
     todo = [number for number in range(n_regions) if number not in done]
-    for number, record in executor.stream(survey_region, todo, job):
+
+    def where(number: int) -> str:
+        return f"region {region_text(sampling.axes, sampling.region(number))} of level {sampling.level}"
+
+    for number, record in executor.stream(survey_region, todo, job, name="survey", where=where):
         job.store.mark("survey", [number])
         progress.step(record["peak"])
     found = _summarise(job, sampling)
@@ -436,7 +440,7 @@ def _find_diameter(job: Job, found: Surveyed, moment: int, executor: Executor, p
         progress.start("diameter", len(windows), 0)
         parts = []
         items = [(centre, value, part) for centre, part in windows]
-        for _item, (window_sizes, peak) in executor.stream(measure_window, items, job):
+        for _item, (window_sizes, peak) in executor.stream(measure_window, items, job, **_in_windows(job)):
             parts.append(window_sizes)
             progress.step(peak)
         sizes = np.sort(np.concatenate(parts))
@@ -529,6 +533,15 @@ def guess_window(item: tuple[Centre, float], job: Job) -> float:
     return size.diameter(styles[0]) / grid.scale[0]
 
 
+def _in_windows(job: Job) -> dict[str, Any]:
+    """How windows are worked on, for `cluster.Executor.stream`."""
+
+    def where(item: tuple[Any, ...]) -> str:
+        return f"window at {', '.join(f'{axis} {at:.0f}' for axis, at in zip(job.extent.axes, item[0], strict=True))}"
+
+    return {"name": "diameter", "kind": "network", "claims": job.device != "cpu", "where": where}
+
+
 def _guess(job: Job, centres: list[Centre], executor: Executor) -> float:
     """A first diameter: the one of several scales at which the style vectors confirm it best."""
     if job.model.size is None:
@@ -536,7 +549,7 @@ def _guess(job: Job, centres: list[Centre], executor: Executor) -> float:
     tried = [job.model.diam_mean * factor for factor in GUESS_DIAMETERS]
     items = [(centre, diameter) for diameter in tried for centre in centres]
     answers: dict[float, list[float]] = {diameter: [] for diameter in tried}
-    for (_, diameter), answer in executor.stream(guess_window, items, job):
+    for (_, diameter), answer in executor.stream(guess_window, items, job, **_in_windows(job)):
         answers[diameter].append(answer)
     medians = {diameter: float(np.median(values)) for diameter, values in answers.items()}
     best = min(tried, key=lambda diameter: abs(math.log(medians[diameter] / diameter)))

@@ -108,11 +108,11 @@ def _look(root: int, peaks: dict[int, int]) -> int:
         except psutil.Error:
             continue
         now += resident
-        peaks[process.pid] = max(peaks.get(process.pid, 0), resident, _high_water(process.pid))
+        peaks[process.pid] = max(peaks.get(process.pid, 0), resident, high_water(process.pid))
     return now
 
 
-def _high_water(pid: int) -> int:
+def high_water(pid: int) -> int:
     """The kernel's own mark of the most a process had resident; 0 where it keeps none."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
