@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tiledseg"
 
 ROWS = [
-    {"errors", "images.damage", "images.units"},
+    {"addresses", "errors", "meters", "images.damage", "images.units"},
     {
         "axes",
         "cores",
@@ -41,6 +41,8 @@ ROWS = [
     {"survey", "flows", "masks", "stitch", "publish"},
     {"runs"},
     {"preflight"},
+    {"page"},
+    {"report"},
     {"pipeline"},
     {"training.pairs"},
     {"training.views"},

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from .cores import CORES
 from .errors import ClusterError, DeviceError, SettingsError, TiledsegError
 from .malloc import give_back_freed_memory
+from .meters import Totals, measured, note
 from .store import as_output_error
 
 __all__ = ["Crew", "Executor", "connect", "crew_of", "n_cores", "peak_memory", "resolve_device"]
@@ -110,10 +111,10 @@ class Crew:
 
 
 def _run_task(function: Function, item: Item, *args: Any) -> Any:
-    """Run a task on a core that it takes for itself."""
+    """Run a task on a core that it takes for itself; its result comes with what it cost, for `Totals.take`."""
     try:
         with CORES.task():
-            return function(item, *args)
+            return measured(function, item, *args)
     finally:
         give_back_freed_memory()
 
@@ -131,10 +132,15 @@ class Executor(Protocol):
 
     in_process: bool
     description: str
+    totals: Totals
 
     @property
     def crew(self) -> Crew:
         """Who works, now."""
+
+    @property
+    def dashboard(self) -> str | None:
+        """Where Dask shows what it does, None if it does not."""
 
     def stream(self, function: Function, items: Iterable[Item], *args: Any) -> Iterator[tuple[Item, Any]]:
         """Yield ``(item, function(item, *args))`` as they end, in any order.
@@ -150,8 +156,10 @@ class ThreadExecutor:
     """Threads of this process: no start-up, for images of a few blocks and machines of a few cores."""
 
     in_process = True
+    dashboard: str | None = None
 
     def __init__(self, n_threads: int) -> None:
+        self.totals = Totals()
         self.n_threads = n_threads
         self.description = f"this process, {n_threads} threads"
 
@@ -179,7 +187,7 @@ class ThreadExecutor:
                     item = live.pop(future)
                     error = future.exception()
                     if error is None:
-                        yield item, future.result()
+                        yield item, self.totals.take(future.result())
                     elif failure is None:
                         failure = _explained(error, function, item)
                 if failure is None:
@@ -205,9 +213,18 @@ class DaskExecutor:
 
     def __init__(self, client: Any) -> None:
         self.client = client
+        self.totals = Totals()
         workers = client.scheduler_info(n_workers=-1)["workers"]
         threads = sum(worker["nthreads"] for worker in workers.values())
         self.description = f"{len(workers)} workers, {threads} threads"
+
+    @property
+    def dashboard(self) -> str | None:
+        """Where the scheduler shows what it does, None if it does not."""
+        try:
+            return self.client.dashboard_link or None
+        except KeyError:  # how distributed says that a scheduler that others started has none
+            return None
 
     @property
     def crew(self) -> Crew:
@@ -253,9 +270,10 @@ class DaskExecutor:
                     _, item = live.pop(future.key)
                     error = _error_of(future, result)
                     if error is None:
-                        yield item, result
+                        yield item, self.totals.take(result)
                     elif isinstance(error, KilledWorker) and tries[item] < RETRIES_OF_A_SUSPECT:
                         tries[item] += 1
+                        note("retries")
                         suspects.append(item)
                     else:
                         failure = failure or _explained(error, function, item)

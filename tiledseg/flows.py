@@ -26,6 +26,7 @@ from .cores import CORES
 from .frames import frame_region
 from .grid import Index, Lattice, Region, enclosing, region_shape, shift
 from .job import CELLPROB_FLOOR, N_OUTPUTS, Job, Sheet
+from .meters import meter, metered, note
 from .networks.runner import load_network
 from .progress import Progress
 from .working import pixels_to_read, read_tile
@@ -40,6 +41,7 @@ TILES_AT_ONCE = 64
 """Of a volume, that are worked on together."""
 
 
+@metered("blend")
 def process_block(outputs: dict[Index, FloatArray], lattice: Lattice, piece: Region) -> npt.NDArray[np.float16]:
     """Blend the network's output on some tiles.
 
@@ -85,8 +87,11 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
             part = _planes_of(lattice, whole, group)
             outputs = _predict(job, sheet, frame, group)
             piece[(slice(None), *shift(part, tuple(p.start for p in whole)))] = process_block(outputs, lattice, part)
-        job.store.open(sheet.name)[index] = piece
-    return {"n_tiles": len(wanted), "n_skipped": len(tiles) - len(wanted), "peak": peak_memory()}
+        with meter("write"):
+            job.store.open(sheet.name)[index] = piece
+    note("n_tiles", len(wanted))
+    note("n_skipped_tiles", len(tiles) - len(wanted))
+    return {"peak": peak_memory()}
 
 
 def _find(job: Job, number: int) -> tuple[Sheet, Index]:
@@ -180,8 +185,8 @@ def _reader(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> Callabl
     return lambda region: whole[(slice(None), *shift(region, origin))]
 
 
-def run(job: Job, executor: Executor, progress: Progress) -> dict[str, int]:
-    """Compute the chunks that are missing; returns how many tiles were computed and skipped now."""
+def run(job: Job, executor: Executor, progress: Progress) -> None:
+    """Compute the chunks that are missing."""
     n_chunks = 0
     for sheet in job.sheets:
         ones = (1,) * len(sheet.chunk_counts)
@@ -189,10 +194,7 @@ def run(job: Job, executor: Executor, progress: Progress) -> dict[str, int]:
         n_chunks += math.prod(sheet.chunk_counts)
     done = job.store.done("flows")
     progress.start("flows", n_chunks, len(done))
-    totals = {"n_tiles": 0, "n_skipped": 0}
     todo = (number for number in range(n_chunks) if number not in done)
     for number, record in executor.stream(compute_chunk, todo, job):
         job.store.mark("flows", [number])
-        totals = {key: totals[key] + record[key] for key in totals}
         progress.step(record["peak"])
-    return totals

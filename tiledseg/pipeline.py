@@ -1,4 +1,4 @@
-"""The order of the stages, what a resumed run may change, and the report."""
+"""The order of the stages, and what a resumed run may change."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from . import flows, masks, publish, stitch, survey
-from .cluster import Crew, Executor, connect, crew_of, peak_memory, resolve_device
+from .addresses import without_credentials
+from .cluster import Crew, Executor, connect, crew_of, resolve_device
 from .config import MasksConfig, Settings
 from .errors import OutputError, SettingsError
 from .frames import Extent, anisotropy_of, extent_of, label_shape
 from .grid import WorkingGrid
 from .images import Image, at_level, at_region, open_image, parse_region
 from .inputs import Input, inputs_of, inputs_text
-from .job import Diameter, Job, Moment, Surveyed, grid_of, halo_of
+from .job import Diameter, Job, Surveyed, grid_of, halo_of
 from .mask import Mask, open_mask
 from .networks.models import Model, find_model
 from .networks.runner import lacks_bfloat16, torch_threads_kept
@@ -30,6 +31,7 @@ from .omezarr import labels_exist, level_array
 from .pictures import histogram
 from .preflight import Preflight
 from .progress import Listener, Progress
+from .report import Ledger, Report, report_of, write_report
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
 from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
 from .store import DiskStore, MemoryStore
@@ -43,85 +45,6 @@ HALF_A_TILE = 0.5
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a run did.
-
-    Attributes
-    ----------
-    n_objects : int
-        Labels are 1..n_objects.
-    segmenter : str or None
-        Name of the function that made the labels, None if a network did.
-    diameter : Diameter or None
-        Used, and its spread; of time points with one each the largest; None if a function made the labels and only a
-        halo was given.
-    percentiles : tuple of (float, float) or None
-        Per input of the network the pixel values that became 0 and 1; None without one, and with one for each time
-        point.
-    per_time : tuple of Moment
-        Diameter and percentiles of every time point, if each has its own.
-    n_too_large : int
-        Objects left out because they exceed ``max_size``.
-    n_blocks, n_skipped_blocks : int
-        Blocks, and those in which nothing rises above the noise.
-    n_cut_by_halo : int
-        Objects that reach past the halo of a block: a larger halo would see them whole.
-    n_pairs, n_exact_pairs : int
-        Objects that two blocks saw, and how many of them both saw as the same pixels.
-    mean_iou : float
-        Intersection over union of the two views of such an object, on average; 1 if there are none.
-    n_seam, n_seam_linked : int
-        Labels that cross the border between two blocks, counted in each of the two, and how many of
-        them the other block saw as well. Those it did not see are cut at the border.
-    n_nonfinite : int
-        Pixels that are NaN or infinite, taken as background; 0 with a function, which is given them.
-    n_tiles, n_skipped_tiles : int
-        Network tiles computed by this call, and those skipped as empty; 0 without a network.
-    seconds : dict of str to float
-        Per stage, of this call.
-    computed, kept : dict of str to int
-        Pieces per stage computed by this call, and kept from an earlier one.
-    peak_memory : int
-        Bytes: the sum over all processes of the most each had resident.
-    device : str or None
-        Where the network ran; None without one.
-    workers : str
-        What did the work.
-    scratch : str or None
-        Folder kept for changed mask settings.
-    """
-
-    n_objects: int
-    segmenter: str | None
-    diameter: Diameter | None
-    percentiles: tuple[tuple[float, float], ...] | None
-    per_time: tuple[Moment, ...]
-    n_too_large: int
-    n_blocks: int
-    n_skipped_blocks: int
-    n_cut_by_halo: int
-    n_pairs: int
-    n_exact_pairs: int
-    mean_iou: float
-    n_seam: int
-    n_seam_linked: int
-    n_nonfinite: int
-    n_tiles: int
-    n_skipped_tiles: int
-    seconds: dict[str, float]
-    computed: dict[str, int]
-    kept: dict[str, int]
-    peak_memory: int
-    device: str | None
-    workers: str
-    scratch: str | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
 class Segmentation:
     """The result of a run.
 
@@ -132,11 +55,14 @@ class Segmentation:
         Folder of the published label image.
     table_path : Path or None
         The object table on disk.
+    report_path : Path or None
+        The report as a page for browsers; ``report.json`` beside it has the same figures.
     """
 
     report: Report
     path: Path | None
     table_path: Path | None
+    report_path: Path | None
     _job: Job = dataclasses.field(repr=False)
 
     @functools.cached_property
@@ -243,15 +169,14 @@ def segment(
     ...     return watershed(-distance, seeds, mask=mask)
     >>> segment("slide.ome.zarr", segmenter=nuclei, diameter=30)  # doctest: +SKIP
     """
-    chosen = Settings.of(**settings) if segmenter is None else segmenter_settings(settings)
-    view = _view_of(image, axes, chosen)
+    asked = Settings.of(**settings) if segmenter is None else segmenter_settings(settings)
+    view = _view_of(image, axes, asked)
     opened, chosen = view.image, view.settings
     inputs, labeller = _labeller_of(opened, chosen, segmenter)
     place = place_of(opened, output, scratch, chosen)
     _check_geometry(labeller, chosen, opened)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
     device = chosen.flows.device if segmenter is None else "cpu"
-    told = Progress(progress)
     with (
         scratch_of(place) as store,
         connect(client, scheduler=scheduler, workers=workers, device=device, small=is_small) as executor,
@@ -267,18 +192,25 @@ def segment(
             logger.info("no GPU found: the network runs on the CPU.")
         if segmenter is None and device == "cpu" and chosen.flows.precision == "bfloat16" and lacks_bfloat16():
             logger.warning("this CPU does not compute in bfloat16: without --precision bfloat16 it is faster.")
+        if executor.dashboard is not None:
+            logger.info("Dask shows what it does at %s", without_credentials(executor.dashboard))
         job = shippable(job, executor)
-        return _run(job, preflight, run_id, executor, told, view.pixel)
+        with Ledger(store, executor.totals, progress) as ledger:
+            job, facts = _run(job, preflight, run_id, executor, ledger.progress)
+            parameters = {**asked.flat(), "mask": chosen.survey.mask}
+            report = report_of(job, executor, ledger, facts, parameters, view.pixel, place.scratch)
+        path = None if place.plan is None else place.plan.path
+        page = write_report(report, job, {"labels": str(path), "table": str(place.table)})
+        return Segmentation(report, path, place.table, page, job)
 
 
 def _run(
-    job: Job, preflight: Preflight, run_id: str, executor: Executor, progress: Progress, pixel: float
-) -> Segmentation:
-    """The five stages, the first two for a network only."""
+    job: Job, preflight: Preflight, run_id: str, executor: Executor, progress: Progress
+) -> tuple[Job, dict[str, Any]]:
+    """The five stages, the first two for a network only; the job as it ended, and what the stitcher tells."""
     place = preflight.place
     with torch_threads_kept(), _kernels(job, executor) as are_ready:
         job = dataclasses.replace(job, table=place.table, plan=place.plan)
-        tiles = {"n_tiles": 0, "n_skipped": 0}
         if job.segmenter is None:
             job = dataclasses.replace(job, surveyed=survey.run(job, executor, progress))
             _check_geometry(job.labeller, job.settings, job.image, job.found.diameter.value)
@@ -289,35 +221,12 @@ def _run(
         job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, masks=masks_settings))
         job = dataclasses.replace(job, labels=labels_folder(job, place, run_id))
         if job.segmenter is None:
-            tiles = flows.run(job, executor, progress)
+            flows.run(job, executor, progress)
         are_ready()
         masks.run(job, executor, progress)
         facts = stitch.run(job, executor, progress)
         publish.run(job, executor, progress)
-    progress.note_peak(peak_memory())
-    progress.stop()
-    found = job.surveyed
-    moments = () if found is None else found.moments
-    moments = tuple(dataclasses.replace(moment, diameter=moment.diameter.times(pixel)) for moment in moments)
-    report = Report(
-        segmenter=None if job.segmenter is None else job.segmenter.name,
-        diameter=None if job.diameter is None else job.diameter.times(pixel),
-        percentiles=moments[0].percentiles if len(moments) == 1 else None,
-        per_time=moments if len(moments) > 1 else (),
-        n_nonfinite=0 if found is None else found.n_nonfinite,
-        n_tiles=tiles["n_tiles"],
-        n_skipped_tiles=tiles["n_skipped"],
-        seconds=progress.seconds,
-        computed=progress.computed,
-        kept=progress.kept,
-        peak_memory=progress.peak_memory,
-        device=job.device if job.segmenter is None else None,
-        workers=executor.description,
-        scratch=None if place.scratch is None else str(place.scratch),
-        **facts,
-    )
-    path = None if place.plan is None else place.plan.path
-    return Segmentation(report, path, place.table, job)
+    return job, facts
 
 
 @dataclass(frozen=True)

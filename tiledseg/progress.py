@@ -51,6 +51,18 @@ class Progress:
             self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
         self._stage, self._since = "", now
 
+    def seconds_so_far(self) -> dict[str, float]:
+        """Seconds per stage, those of the current one up to now."""
+        seconds = dict(self.seconds)
+        if self._stage:
+            seconds[self._stage] = seconds.get(self._stage, 0.0) + time.perf_counter() - self._since
+        return seconds
+
+    @property
+    def peaks(self) -> dict[int, int]:
+        """Per process the most bytes it had resident."""
+        return dict(self._peaks)
+
     @property
     def peak_memory(self) -> int:
         """Sum over processes of the most bytes each had resident."""

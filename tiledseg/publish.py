@@ -26,6 +26,7 @@ from .cluster import Executor, peak_memory
 from .frames import read_channels
 from .grid import Index, Region, overlap, region_shape, shift
 from .job import Job
+from .meters import meter, metered
 from .objects import measure_objects
 from .omezarr import finish_labels, level_array
 from .progress import Progress
@@ -39,6 +40,7 @@ TABLE_BATCH = 2**18
 Measured = npt.NDArray[np.float64]
 
 
+@metered("measure")
 def process_block(
     labels: npt.NDArray[np.int32], intensities: npt.NDArray[Any], ids: npt.NDArray[np.uint32], origin: tuple[int, ...]
 ) -> npt.NDArray[np.float64]:
@@ -104,12 +106,15 @@ def paint_region(position: int, job: Job) -> dict[str, Any]:
     region = regions[position]
     local, ids = _region_labels(job, region)
     intensities = read_channels(job.image, region) if ids.size else np.zeros((job.image.n_channels, *local.shape))
-    array[region] = np.concatenate([np.zeros(1, np.uint32), ids])[local]
+    painted = np.concatenate([np.zeros(1, np.uint32), ids])[local]
+    with meter("write"):
+        array[region] = painted
     origin = tuple(p.start for p in region)
     job.store.save(f"{job.labels}/measured/{position}", process_block(local, intensities, ids, origin))
     return {"peak": peak_memory()}
 
 
+@metered("read")
 def _region_labels(job: Job, region: Region) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32]]:
     """Labels 1..n of a region of level 0, of which not all need occur, and their global ids, ascending."""
     source, grid = job.store.open(f"{job.labels}/labels.zarr"), job.blocks
@@ -135,10 +140,14 @@ def shrink_region(position: int, job: Job, level: int) -> dict[str, Any]:
     region = regions[position]
     steps = [-(-a // b) for a, b in zip(finer.shape, array.shape, strict=True)]
     wide = tuple(slice(p.start * s, min(p.stop * s, m)) for p, s, m in zip(region, steps, finer.shape, strict=True))
-    array[region] = finer[wide][tuple(slice(None, None, s) for s in steps)]
+    with meter("read"):
+        shown = finer[wide][tuple(slice(None, None, s) for s in steps)]
+    with meter("write"):
+        array[region] = shown
     return {"peak": peak_memory()}
 
 
+@metered("table")
 def write_table(_: int, job: Job) -> dict[str, Any]:
     """Task: add up the parts of objects and write the table, a row group per batch of ids."""
     import pyarrow.parquet

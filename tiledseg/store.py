@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import OutputError
+from .meters import metered
 
 __all__ = ["DiskStore", "MemoryStore", "Store", "as_output_error", "disk_errors"]
 
@@ -182,6 +183,7 @@ class DiskStore:
 
         return zarr.open_array(self.path / name, mode="r+")
 
+    @metered("write")
     def save(self, name: str, values: npt.NDArray[Any]) -> None:
         """Store a small array whole; it is there completely or not at all."""
         path = self.path / f"{name}.npy"
@@ -192,6 +194,7 @@ class DiskStore:
                 np.save(file, values, allow_pickle=False)
             draft.replace(path)
 
+    @metered("read")
     def load(self, name: str) -> npt.NDArray[Any]:
         """A small array stored whole."""
         values: npt.NDArray[Any] = np.load(self.path / f"{name}.npy", allow_pickle=False)
