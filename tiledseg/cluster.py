@@ -207,13 +207,16 @@ class DaskExecutor:
     ----------
     client : distributed.Client
         A synchronous client; closed by whoever made it.
+    has_dashboard : bool
+        Whether its scheduler was started with a dashboard.
     """
 
     in_process = False
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, has_dashboard: bool = True) -> None:
         self.client = client
         self.totals = Totals()
+        self.has_dashboard = has_dashboard
         workers = client.scheduler_info(n_workers=-1)["workers"]
         threads = sum(worker["nthreads"] for worker in workers.values())
         self.description = f"{len(workers)} workers, {threads} threads"
@@ -222,7 +225,7 @@ class DaskExecutor:
     def dashboard(self) -> str | None:
         """Where the scheduler shows what it does, None if it does not."""
         try:
-            return self.client.dashboard_link or None
+            return self.client.dashboard_link or None if self.has_dashboard else None
         except KeyError:  # how distributed says that a scheduler that others started has none
             return None
 
@@ -442,7 +445,7 @@ def connect(
         elif _stays_here(workers, device, small):
             yield ThreadExecutor(n_cores())
         else:
-            yield DaskExecutor(stack.enter_context(_local_client(workers, device)))
+            yield DaskExecutor(stack.enter_context(_local_client(workers, device)), has_dashboard=False)
 
 
 def _as_client(client: Any, stack: contextlib.ExitStack) -> Any:

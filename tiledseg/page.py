@@ -37,18 +37,19 @@ h1 {{ font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; }}
 h2 {{ font-size: .95rem; margin: 0 0 .5rem; }}
 p {{ margin: .3rem 0; color: var(--soft); overflow-wrap: anywhere; }}
 .figures {{ display: flex; flex-wrap: wrap; gap: .4rem 2.2rem; margin: 1rem 0; }}
-.figures b {{ display: block; font-size: 1.5rem; font-weight: 600; }}
+.figures b {{ display: block; color: var(--ink); font-size: 1.5rem; font-weight: 600; }}
 .figures span {{ color: var(--soft); }}
 main {{ columns: 25rem; column-gap: 1rem; }}
 section {{ break-inside: avoid; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: .9rem 1rem; margin: 0 0 1rem; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: right; padding: .15rem 0 .15rem .8rem; vertical-align: top; overflow-wrap: anywhere; }}
+th, td {{ text-align: right; padding: .15rem 0 .15rem .8rem; vertical-align: top; }}
 th {{ color: var(--soft); font-weight: 500; border-bottom: 1px solid var(--line); }}
 th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
-table.pairs td:first-child {{ color: var(--soft); width: 38%; overflow-wrap: normal; }}
-.bar {{ background: linear-gradient(var(--mark), var(--mark)) no-repeat right / var(--share) 2px; background-position:
-  right bottom; }}
+table.pairs td:first-child {{ color: var(--soft); width: 38%; }}
+table.pairs td:last-child {{ overflow-wrap: anywhere; }}
+td.bar {{ width: 30%; vertical-align: middle; }}
+td.bar div {{ background: var(--mark); height: .55rem; border-radius: 2px; }}
 .map {{ width: 100%; max-height: 30rem; object-fit: contain; image-rendering: pixelated; display: block; }}
 .scale {{ height: .6rem; border-radius: 3px; margin-top: .6rem; background: linear-gradient(to right, {GRADIENT}); }}
 .ends {{ display: flex; justify-content: space-between; color: var(--soft); }}
@@ -101,19 +102,20 @@ def _section(title: str, content: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Rows, shares: Sequence[float] = ()) -> str:
-    """A table; with a bar under the last number of each row that shows its share."""
+    """A table; with a bar at the end of each row if shares are given."""
     lines = ["<tr>" + "".join(f"<th>{_text(name)}</th>" for name in head) + "</tr>"]
     for i, row in enumerate(rows):
         cells = [f"<td>{_text(value)}</td>" for value in row]
         if shares:
-            cells[-1] = f'<td class="bar" style="--share: {shares[i]:.1%}">{_text(row[-1])}</td>'
+            cells.append(f'<td class="bar"><div style="width: {shares[i]:.1%}"></div></td>')
         lines.append("<tr>" + "".join(cells) + "</tr>")
     return "<table>" + "".join(lines) + "</table>"
 
 
 def _pairs(pairs: Iterable[tuple[str, object]]) -> str:
     """A table of names and values."""
-    rows = (f"<tr><td>{_text(name)}</td><td>{_text(value)}</td></tr>" for name, value in pairs)
+    shown = ((name, "–" if value is None else value) for name, value in pairs)
+    rows = (f"<tr><td>{_text(name)}</td><td>{_text(value)}</td></tr>" for name, value in shown)
     return '<table class="pairs">' + "".join(rows) + "</table>"
 
 
@@ -197,7 +199,7 @@ def _kinds(facts: Facts) -> str:
         for kind in kinds
     ]
     shares = [source["cpu_seconds"].get(kind, 0.0) / total for kind in kinds]
-    text = _table(["kind", "seconds of tasks", "CPU seconds"], rows, shares)
+    text = _table(["kind", "seconds of tasks", "CPU seconds", ""], rows, shares)
     return text + (f"<p>of all {facts['n_calls']} calls</p>" if is_resumed else "")
 
 
