@@ -18,7 +18,7 @@ import zarr
 from PIL import Image
 
 import tiledseg
-from tiledseg import report as report_module
+from tiledseg import ledger
 from tiledseg.cli import main
 from tiledseg.grid import BlockGrid
 from tiledseg.omezarr import write_image
@@ -178,7 +178,7 @@ def test_nothing_that_gives_access_is_written(found: tiledseg.Segmentation) -> N
 def test_an_interrupted_run_and_one_with_other_settings_add_up(
     image_path: Path, tmp_path: Path, found: tiledseg.Segmentation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_module, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(ledger, "SAVE_EVERY_S", 0.0)
     output, scratch = tmp_path / "out.ome.zarr", tmp_path / "out.ome.zarr.cells.tiledseg"
     seen: list[dict[str, Any]] = []
 
@@ -281,4 +281,4 @@ def test_what_one_call_does_not_know_is_not_known_of_all(found: tiledseg.Segment
     assert both.bytes_read is None
     assert both.n_tiles == 2 * work.n_tiles
     assert math.isclose(both.seconds["flows"], 2 * work.seconds["flows"])
-    assert report_module.Work.from_json(json.loads(json.dumps(dataclasses.asdict(both)))) == both
+    assert ledger.Work.from_json(json.loads(json.dumps(dataclasses.asdict(both)))) == both

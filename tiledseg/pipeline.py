@@ -24,6 +24,7 @@ from .grid import WorkingGrid
 from .images import Image, at_level, at_region, open_image, parse_region
 from .inputs import Input, inputs_of, inputs_text
 from .job import Diameter, Job, Surveyed, grid_of, halo_of
+from .ledger import Ledger
 from .mask import Mask, open_mask
 from .networks.models import Model, find_model
 from .networks.runner import lacks_bfloat16, torch_threads_kept
@@ -31,7 +32,7 @@ from .omezarr import labels_exist, level_array
 from .pictures import histogram
 from .preflight import Preflight
 from .progress import Listener, Progress
-from .report import Ledger, Report, report_of, write_report
+from .report import Report, report_of, write_report
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
 from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
 from .store import DiskStore, MemoryStore

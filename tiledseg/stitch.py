@@ -197,7 +197,8 @@ class _Picture:
 
     def add(self, position: int, ids: npt.NDArray[np.uint32]) -> None:
         """Count the objects of a block by the ids of its labels, of which several may be one object."""
-        n = int(np.unique(ids[ids > 0]).size)
+        ids = np.sort(ids)  # several times as fast as np.unique
+        n = int(np.count_nonzero(ids[1:] != ids[:-1])) + int((ids[:1] > 0).sum())
         index = np.unravel_index(position, self._counts)[-2:]
         row, column = (int(i) // k for i, k in zip(index, self._together, strict=True))
         self.counts[row, column] += n

@@ -4,6 +4,7 @@ Layout of the scratch folder, the only home of these names::
 
     run.json                 settings, image and model of the run
     survey.json              percentiles, diameter, foreground summary
+    totals.json              what all calls have cost
     survey.zarr/...          samples and foreground statistics per region, map of the normalisation
     flows.zarr               pieces of the flows chunks
     masks-<digest>/          one folder per set of mask settings

@@ -84,9 +84,10 @@ class Network:
         for batch, n in self._batches(tiles):
             if self._device == "cpu" and torch.get_num_threads() != 1:
                 torch.set_num_threads(1)
-            # Until the results are here: a GPU works on after it was told what to do.
-            with busy(self._gpu):
+            with contextlib.ExitStack() as until_results_are_here:
                 with self._lock, torch.inference_mode():
+                    # A GPU works on after it was told what to do.
+                    until_results_are_here.enter_context(busy(self._gpu))
                     output, style = self._net(batch.to(self._device, **self._how))[:2]
                 outputs.append(output[:n].float().cpu().numpy())
                 styles.append(style[:n].float().cpu().numpy())
