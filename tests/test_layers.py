@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tiledseg"
 
 ROWS = [
-    {"errors", "waiting", "images.units"},
+    {"addresses", "errors", "meters", "waiting", "images.units"},
     {"disk", "images.damage"},
     {"folders", "lock"},
     {
@@ -31,6 +31,7 @@ ROWS = [
     {"gpu"},
     {"config", "grid", "dynamics", "seams", "progress", "slides", "volumes", "scoring", "pictures"},
     {"images.image", "store", "omezarr.groups", "normalisation"},
+    {"ledger"},
     {"links", "tasks"},
     {"images.assembly", "images.view", "omezarr.writer"},
     {"images.from_zarr", "images.from_tiff"},
@@ -44,6 +45,8 @@ ROWS = [
     {"survey", "flows", "masks", "stitch", "publish"},
     {"runs", "repair"},
     {"preflight"},
+    {"page"},
+    {"report"},
     {"pipeline"},
     {"training.pairs"},
     {"training.views"},

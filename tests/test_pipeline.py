@@ -224,7 +224,8 @@ def test_output_is_valid_ome_zarr(slide: Slide, tmp_path: Path, version: str) ->
     for root in (inside, outside):
         yaozarrs.validate_zarr_store(root / "labels" / "cells")
         # A tables group lies beside the labels: it must not disturb either validator.
-        assert (root / "tables" / "cells" / "table.parquet").is_file()
+        for name in ("table.parquet", "report.json", "report.html"):
+            assert (root / "tables" / "cells" / name).is_file()
         group = open_ome_zarr(zarr.open_group(root / "labels" / "cells", mode="r"))
         assert type(group).__name__ == "ImageLabel"
         stored = zarr.open_array(root / "labels" / "cells" / "0", mode="r")

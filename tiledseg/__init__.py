@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .job import Diameter
-    from .pipeline import Report, Segmentation, estimate_diameter, preview, segment
+    from .pipeline import Segmentation, estimate_diameter, preview, segment
+    from .report import Report
     from .scoring import Comparison, compare
     from .training import TrainingReport, train
 
@@ -37,7 +38,7 @@ __all__ = [
 _HOMES = {
     "Comparison": "scoring",
     "Diameter": "job",
-    "Report": "pipeline",
+    "Report": "report",
     "Segmentation": "pipeline",
     "compare": "scoring",
     "estimate_diameter": "pipeline",

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .addresses import without_credentials
 from .config import CHANNEL_SETTINGS, Settings
 from .errors import SettingsError, TiledsegError
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _messages() -> Iterator[None]:
     """Show what the package has to say while a command runs; other packages' logs stay as they are."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("tiledseg: %(message)s"))
+    handler.setFormatter(_Cleaned("tiledseg: %(message)s"))
     logger = logging.getLogger("tiledseg")
     level = logger.level
     logger.addHandler(handler)
@@ -58,6 +59,13 @@ def _messages() -> Iterator[None]:
         logger.setLevel(level)
 
 
+class _Cleaned(logging.Formatter):
+    """Messages without what gives access: what a program says is kept in files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_credentials(super().format(record))
+
+
 def _run(options: argparse.Namespace) -> int:
     """Run the chosen command; its errors become one sentence."""
     try:
@@ -66,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     except TiledsegError as error:
         if options.debug:
             raise
-        print(f"tiledseg: {error}", file=sys.stderr)
+        print(without_credentials(f"tiledseg: {error}"), file=sys.stderr)
         return MISUSED
     except BrokenPipeError:
         # Whoever read the output, as `head`, has seen enough; Python would write the rest when it ends.
@@ -233,7 +241,8 @@ def _segment(options: argparse.Namespace) -> int:
         )
     finally:
         bars.close()
-    facts = {"labels": str(result.path), "table": str(result.table_path), **result.report.as_dict()}
+    paths = {"labels": result.path, "table": result.table_path, "report": result.report_path}
+    facts = {**{name: str(path) for name, path in paths.items()}, **result.report.as_dict()}
     return _show(facts, options.json, _summary_text)
 
 
@@ -392,12 +401,15 @@ def _summary_text(facts: dict[str, Any]) -> list[str]:
     kept = {stage: n for stage, n in facts["kept"].items() if n}
     if kept:
         lines.append("resumed      " + ", ".join(f"{stage} {n} pieces kept" for stage, n in kept.items()))
+    if facts["quarantined"]:
+        lines.append("set aside    " + "; ".join(facts["quarantined"]) + " (by earlier calls; now done)")
     lines += [
         "seconds      " + _seconds_text(facts),
         f"peak memory  {facts['peak_memory'] / 2**30:.2f} GiB over all processes",
         f"worked on    {facts['device']}, {facts['workers']}",
         f"labels       {facts['labels']}",
         f"table        {facts['table']}",
+        f"report       {facts['report']}",
         f"scratch      {facts['scratch']} (kept, so that mask settings can be changed; delete it when done)",
     ]
     return lines

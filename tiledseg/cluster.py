@@ -28,6 +28,7 @@ from .cores import CORES
 from .errors import ClusterError, DeviceError, SettingsError
 from .machine import machine_memory, n_cores, peak_memory, resolve_device
 from .malloc import give_back_freed_memory
+from .meters import Totals, measured
 from .tasks import Item, Pool, Tasks, Troubles, run_tasks
 
 __all__ = ["Crew", "Executor", "connect", "crew_of", "n_cores", "peak_memory", "resolve_device"]
@@ -76,10 +77,10 @@ class Crew:
 
 
 def _run_task(function: Function, item: Item, *args: Any) -> Any:
-    """Run a task on a core that it takes for itself."""
+    """Run a task on a core that it takes for itself; its result comes with what it cost, for `Totals.take`."""
     try:
         with CORES.task():
-            return function(item, *args)
+            return measured(function, item, *args)
     finally:
         give_back_freed_memory()
 
@@ -113,10 +114,15 @@ class Executor(Protocol):
     in_process: bool
     description: str
     troubles: Troubles
+    totals: Totals
 
     @property
     def crew(self) -> Crew:
         """Who works, now."""
+
+    @property
+    def dashboard(self) -> str | None:
+        """Where Dask shows what it does, None if it does not."""
 
     def stream(
         self, function: Function, items: Iterable[Item], *args: Any, name: str = "", **how: Any
@@ -143,6 +149,7 @@ class _Streams:
 
     def __init__(self) -> None:
         self.troubles = Troubles()
+        self.totals = Totals()
 
     def _pool(self) -> Pool:
         raise NotImplementedError
@@ -153,18 +160,19 @@ class _Streams:
         """Yield ``(item, function(item, *args))`` as they end, in any order."""
         tasks = Tasks(name or getattr(function, "__name__", "task"), function, items, args, **how)
         for _, item, result in run_tasks(self._pool(), [tasks], self.troubles):
-            yield item, result
+            yield item, self.totals.take(result)
 
     def work(self, *tasks: Tasks) -> None:
         """Do tasks of several stages at once."""
         for done, item, result in run_tasks(self._pool(), tasks, self.troubles):
-            done.took(item, result)
+            done.took(item, self.totals.take(result))
 
 
 class ThreadExecutor(_Streams):
     """Threads of this process: no start-up, for images of a few blocks and machines of a few cores."""
 
     in_process = True
+    dashboard: str | None = None
 
     def __init__(self, n_threads: int) -> None:
         super().__init__()
@@ -242,19 +250,30 @@ class DaskExecutor(_Streams):
     ----------
     client : distributed.Client
         A synchronous client; closed by whoever made it.
+    has_dashboard : bool
+        Whether its scheduler was started with a dashboard.
     """
 
     in_process = False
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, has_dashboard: bool = True) -> None:
         super().__init__()
         self.client = client
+        self.has_dashboard = has_dashboard
         self._who = _Who(client)
         workers = self._who.workers.values()
         threads = sum(int(worker["nthreads"]) for worker in workers)
         self.description = f"{len(workers)} workers, {threads} threads"
         if n_gpu := sum(_has(worker, GPU) > 0 for worker in workers):
             self.description += f", {n_gpu} for the network"
+
+    @property
+    def dashboard(self) -> str | None:
+        """Where the scheduler shows what it does, None if it does not."""
+        try:
+            return self.client.dashboard_link or None if self.has_dashboard else None
+        except KeyError:  # how distributed says that a scheduler that others started has none
+            return None
 
     @property
     def crew(self) -> Crew:
@@ -511,4 +530,4 @@ def connect(
         elif _stays_here(workers, device, small):
             yield ThreadExecutor(n_cores())
         else:
-            yield DaskExecutor(stack.enter_context(local_client(local_processes(workers, device))))
+            yield DaskExecutor(stack.enter_context(local_client(local_processes(workers, device))), has_dashboard=False)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from .meters import carried
+
 __all__ = ["ALONE", "CORES", "Cores"]
 
 
@@ -87,7 +89,7 @@ class Cores:
             helpers = self._helpers
         if helpers is None:
             return []
-        return [helpers.submit(self._help, todo) for _ in range(n_borrowed)]
+        return [helpers.submit(carried(self._help), todo) for _ in range(n_borrowed)]
 
 
 class _Todo:

@@ -35,6 +35,7 @@ from .cores import ALONE, Cores
 from .errors import SettingsError
 from .heat import flow_errors, label_flows
 from .lerp import lerp
+from .meters import metered
 from .objects import fill_holes, measure_objects, object_extents, renumber
 from .particles import follow_flows
 
@@ -110,6 +111,7 @@ def compute_masks(
     return finish_masks(gathered, flows, flow_threshold=flow_threshold, min_size=min_size, cores=cores, device=device)
 
 
+@metered("dynamics")
 def gather_pixels(
     flows: FloatArray,
     cellprob: FloatArray,
@@ -156,6 +158,7 @@ def _look_up(regions: Any, ends: Any) -> None:
         ends[i] = regions[ends[i]] if ends[i] >= 0 else 0
 
 
+@metered("dynamics")
 def finish_masks(
     gathered: Labels,
     flows: FloatArray,

@@ -26,6 +26,7 @@ from .cores import CORES
 from .frames import frame_region
 from .grid import Index, Lattice, Region, enclosing, region_shape, region_text, shift
 from .job import CELLPROB_FLOOR, N_OUTPUTS, Job, Sheet
+from .meters import meter, metered, note
 from .networks.runner import load_network
 from .progress import Progress
 from .reach import Reach
@@ -42,6 +43,7 @@ TILES_AT_ONCE = 64
 """Of a volume, that are worked on together."""
 
 
+@metered("blend")
 def process_block(outputs: dict[Index, FloatArray], lattice: Lattice, piece: Region) -> npt.NDArray[np.float16]:
     """Blend the network's output on some tiles.
 
@@ -86,8 +88,11 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
         part = _planes_of(lattice, whole, group)
         outputs = _predict(job, sheet, frame, group)
         piece[(slice(None), *shift(part, tuple(p.start for p in whole)))] = process_block(outputs, lattice, part)
-    job.store.open(sheet.name)[index] = piece
-    return {"n_tiles": len(wanted), "n_skipped": len(tiles) - len(wanted), "peak": peak_memory()}
+    with meter("write"):
+        job.store.open(sheet.name)[index] = piece
+    note("n_tiles", len(wanted))
+    note("n_skipped_tiles", len(tiles) - len(wanted))
+    return {"peak": peak_memory()}
 
 
 def _planes_together(lattice: Lattice) -> int:
@@ -180,23 +185,20 @@ def _where(job: Job, number: int) -> str:
     return f"chunk {index} of {sheet.name.removeprefix('flows.zarr/')} at {region}"
 
 
-def tasks_of(job: Job, progress: Progress) -> tuple[Tasks, dict[str, int]]:
-    """The chunks that are missing, and where it is counted how many tiles are computed and skipped now."""
+def tasks_of(job: Job, progress: Progress) -> Tasks:
+    """The chunks that are missing."""
     n_chunks = 0
     for sheet in job.sheets:
         ones = (1,) * len(sheet.chunk_counts)
         job.store.create(sheet.name, sheet.array_shape, (*ones, N_OUTPUTS, *sheet.lattice.piece_shape), "float16")
         n_chunks += math.prod(sheet.chunk_counts)
     done = job.store.done("flows")
-    totals = {"n_tiles": 0, "n_skipped": 0}
 
     def took(number: int, record: dict[str, Any]) -> None:
         job.store.mark("flows", [number])
-        for key in totals:
-            totals[key] += record[key]
         progress.step(record["peak"], "flows")
 
-    tasks = Tasks(
+    return Tasks(
         "flows",
         compute_chunk,
         (number for number in range(n_chunks) if number not in done),
@@ -207,11 +209,8 @@ def tasks_of(job: Job, progress: Progress) -> tuple[Tasks, dict[str, int]]:
         begin=lambda: progress.start("flows", n_chunks, len(done)),
         took=took,
     )
-    return tasks, totals
 
 
-def run(job: Job, executor: Executor, progress: Progress) -> dict[str, int]:
-    """Compute the chunks that are missing; returns how many tiles were computed and skipped now."""
-    tasks, totals = tasks_of(job, progress)
-    executor.work(tasks)
-    return totals
+def run(job: Job, executor: Executor, progress: Progress) -> None:
+    """Compute the chunks that are missing."""
+    executor.work(tasks_of(job, progress))

@@ -41,6 +41,7 @@ from .grid import (
 from .inputs import channels_of
 from .job import CELLPROB_FLOOR, Job, has_size_limits
 from .links import link_planes
+from .meters import meter, metered
 from .progress import Progress
 from .reach import SMOOTHING_REACH, grown_blocks, smoothing, smoothing_reach
 from .segmenters import Segmenter, drop_small
@@ -55,6 +56,7 @@ CHUNK = {2: 512, 3: 128}
 """Side of a chunk of the stored labels, by the number of axes that objects extend along."""
 
 
+@metered("read")
 def read_flows(job: Job, frame: Index, region: Region) -> FloatArray:
     """The blended network output on a region of the working grid, summed over the orientations of its planes.
 
@@ -304,7 +306,8 @@ def label_block(number: int, job: Job) -> dict[str, Any]:
         labels, n_cut = _label(job, block)
     labels, first, links = _keep_core_objects(labels, block, grid.shape, links)
     where = tuple(slice(0, n) for n in labels.shape)
-    job.store.open(f"{job.labels}/labels.zarr")[(number, *where)] = labels
+    with meter("write"):
+        job.store.open(f"{job.labels}/labels.zarr")[(number, *where)] = labels
     job.store.save(f"{job.labels}/objects/{number}", np.concatenate([[n_cut, 0], first]))
     if job.extent.is_stitched:
         job.store.save(f"{job.labels}/links/{number}", links)

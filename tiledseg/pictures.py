@@ -5,6 +5,7 @@ The only home of Pillow. Neighbouring objects get different colours, so that it 
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from .errors import ImageError, OutputError, SettingsError
 
-__all__ = ["histogram", "overview", "read_png"]
+__all__ = ["heat_map", "histogram", "overview", "read_png"]
 
 # After Okabe and Ito's palette for all kinds of colour vision, without what drowns in the image.
 ON_DARK = np.array(
@@ -22,6 +23,9 @@ ON_DARK = np.array(
 )
 ON_LIGHT = np.array([[0, 0, 0], [0, 90, 255], [255, 60, 0], [0, 150, 40], [220, 0, 170], [0, 160, 170]], np.uint8)
 N_COLOURS = len(ON_DARK)
+# Matplotlib's viridis: as bright as the numbers are large, for all kinds of colour vision.
+SCALE = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], np.float64)
+NOTHING = (128, 128, 128, 70)
 BINS_PER_TICK = 4
 LOW_PERCENTILE, HIGH_PERCENTILE = 1.0, 99.7
 
@@ -154,6 +158,31 @@ def histogram(sizes: npt.NDArray[np.float64], path: Path, median: float, quartil
     )
     draw.text((left, 18), title, fill="black", font=font)
     _save(picture, path)
+
+
+def heat_map(counts: npt.NDArray[np.integer[Any]]) -> bytes:
+    """A PNG of numbers, one pixel each: the largest yellow, 1 dark blue, and 0 a grey that lets the page through.
+
+    Parameters
+    ----------
+    counts : array of integers, shape (y, x)
+        Not negative.
+
+    Returns
+    -------
+    png : bytes
+    """
+    from PIL import Image
+
+    share = counts / max(1, int(counts.max(initial=0)))
+    at = np.linspace(0, 1, len(SCALE))
+    pixels = np.full((*counts.shape, 4), 255, np.uint8)
+    for channel in range(3):
+        pixels[..., channel] = np.rint(np.interp(share, at, SCALE[:, channel]))
+    pixels[counts == 0] = NOTHING
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
 
 
 def read_png(path: Path, *, is_indexed: bool = False) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""The order of the stages, what a resumed run may change, and the report."""
+"""The order of the stages, and what a resumed run may change."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from . import flows, masks, publish, stitch, survey
-from .cluster import Crew, Executor, connect, crew_of, peak_memory, resolve_device
+from .addresses import without_credentials
+from .cluster import Crew, Executor, connect, crew_of, resolve_device
 from .config import MasksConfig, Settings
 from .errors import OutputError, ScratchError, SettingsError
 from .frames import Extent, anisotropy_of, extent_of, label_shape
 from .grid import WorkingGrid
 from .images import Image, at_level, at_region, open_image, parse_region
 from .inputs import Input, inputs_of, inputs_text
-from .job import Diameter, Job, Moment, Surveyed, grid_of, halo_of
+from .job import Diameter, Job, Surveyed, grid_of, halo_of
+from .ledger import Ledger
 from .mask import Mask, open_mask
 from .networks.models import Model, find_model
 from .networks.runner import computes_in_bfloat16, precision_of, torch_threads_kept
@@ -32,6 +34,7 @@ from .preflight import Preflight
 from .progress import Listener, Progress
 from .reach import in_order
 from .repair import forget
+from .report import Report, report_of, write_report
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
 from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
 from .store import DiskStore, MemoryStore, Store
@@ -46,88 +49,6 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a run did.
-
-    Attributes
-    ----------
-    n_objects : int
-        Labels are 1..n_objects.
-    segmenter : str or None
-        Name of the function that made the labels, None if a network did.
-    diameter : Diameter or None
-        Used, and its spread; of time points with one each the largest; None if a function made the labels and only a
-        halo was given.
-    percentiles : tuple of (float, float) or None
-        Per input of the network the pixel values that became 0 and 1; None without one, and with one for each time
-        point.
-    per_time : tuple of Moment
-        Diameter and percentiles of every time point, if each has its own.
-    n_too_large : int
-        Objects left out because they exceed ``max_size``.
-    n_blocks, n_skipped_blocks : int
-        Blocks, and those in which nothing rises above the noise.
-    n_cut_by_halo : int
-        Objects that reach past the halo of a block: a larger halo would see them whole.
-    n_pairs, n_exact_pairs : int
-        Objects that two blocks saw, and how many of them both saw as the same pixels.
-    mean_iou : float
-        Intersection over union of the two views of such an object, on average; 1 if there are none.
-    n_seam, n_seam_linked : int
-        Labels that cross the border between two blocks, counted in each of the two, and how many of
-        them the other block saw as well. Those it did not see are cut at the border.
-    n_nonfinite : int
-        Pixels that are NaN or infinite, taken as background; 0 with a function, which is given them.
-    n_tiles, n_skipped_tiles : int
-        Network tiles computed by this call, and those skipped as empty; 0 without a network.
-    seconds : dict of str to float
-        Per stage, of this call. Flows and masks may be at work at once; both count then.
-    seconds_at_once : float
-        In which two stages were at work.
-    computed, kept : dict of str to int
-        Pieces per stage computed by this call, and kept from an earlier one.
-    peak_memory : int
-        Bytes: the sum over all processes of the most each had resident.
-    device : str or None
-        Where the network ran; None without one.
-    workers : str
-        What did the work.
-    scratch : str or None
-        Folder kept for changed mask settings.
-    """
-
-    n_objects: int
-    segmenter: str | None
-    diameter: Diameter | None
-    percentiles: tuple[tuple[float, float], ...] | None
-    per_time: tuple[Moment, ...]
-    n_too_large: int
-    n_blocks: int
-    n_skipped_blocks: int
-    n_cut_by_halo: int
-    n_pairs: int
-    n_exact_pairs: int
-    mean_iou: float
-    n_seam: int
-    n_seam_linked: int
-    n_nonfinite: int
-    n_tiles: int
-    n_skipped_tiles: int
-    seconds: dict[str, float]
-    seconds_at_once: float
-    computed: dict[str, int]
-    kept: dict[str, int]
-    peak_memory: int
-    device: str | None
-    workers: str
-    scratch: str | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
 class Segmentation:
     """The result of a run.
 
@@ -138,11 +59,14 @@ class Segmentation:
         Folder of the published label image.
     table_path : Path or None
         The object table on disk.
+    report_path : Path or None
+        The report as a page for browsers; ``report.json`` beside it has the same figures.
     """
 
     report: Report
     path: Path | None
     table_path: Path | None
+    report_path: Path | None
     _job: Job = dataclasses.field(repr=False)
 
     @functools.cached_property
@@ -252,15 +176,14 @@ def segment(
     ...     return watershed(-distance, seeds, mask=mask)
     >>> segment("slide.ome.zarr", segmenter=nuclei, diameter=30)  # doctest: +SKIP
     """
-    chosen = Settings.of(**settings) if segmenter is None else segmenter_settings(settings)
-    view = _view_of(image, axes, chosen)
+    asked = Settings.of(**settings) if segmenter is None else segmenter_settings(settings)
+    view = _view_of(image, axes, asked)
     opened, chosen = view.image, view.settings
     inputs, labeller = _labeller_of(opened, chosen, segmenter)
     place = place_of(opened, output, scratch, chosen)
     _check_geometry(labeller, chosen, opened)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
     device = chosen.flows.device if segmenter is None else "cpu"
-    told = Progress(progress)
     with (
         scratch_of(place) as store,
         connect(
@@ -277,21 +200,28 @@ def segment(
         run_id = reopen(job, place, restart)
         if segmenter is None and device == "cpu" and chosen.flows.device == "auto":
             logger.info("no GPU found: the network runs on the CPU.")
+        if executor.dashboard is not None:
+            logger.info("Dask shows what it does at %s", without_credentials(executor.dashboard))
         job = shippable(job, executor)
-        try:
-            return _run(job, preflight, run_id, executor, told, view.pixel)
-        except ScratchError as error:
-            raise forget(job, error) from error
+        with Ledger(store, executor.totals, executor.troubles.quarantined, progress) as ledger:
+            try:
+                job, facts = _run(job, preflight, run_id, executor, ledger.progress)
+            except ScratchError as error:
+                raise forget(job, error) from error
+            parameters = {**asked.flat(), "mask": chosen.survey.mask}
+            report = report_of(job, executor, ledger, facts, parameters, view.pixel, place.scratch)
+        path = None if place.plan is None else place.plan.path
+        page = write_report(report, job, {"labels": str(path), "table": str(place.table)})
+        return Segmentation(report, path, place.table, page, job)
 
 
 def _run(
-    job: Job, preflight: Preflight, run_id: str, executor: Executor, progress: Progress, pixel: float
-) -> Segmentation:
-    """The five stages, the first two for a network only."""
+    job: Job, preflight: Preflight, run_id: str, executor: Executor, progress: Progress
+) -> tuple[Job, dict[str, Any]]:
+    """The five stages, the first two for a network only; the job as it ended, and what the stitcher tells."""
     place = preflight.place
     with torch_threads_kept(), _kernels(job, executor) as are_ready:
         job = dataclasses.replace(job, table=place.table, plan=place.plan)
-        tiles = {"n_tiles": 0, "n_skipped": 0}
         if job.segmenter is None:
             job = dataclasses.replace(job, surveyed=survey.run(job, executor, progress))
             _check_geometry(job.labeller, job.settings, job.image, job.found.diameter.value)
@@ -303,37 +233,12 @@ def _run(
         job = dataclasses.replace(job, labels=labels_folder(job, place, run_id))
         mask_tasks = masks.tasks_of(job, progress, begin=are_ready)
         if job.segmenter is None:
-            flow_tasks, tiles = flows.tasks_of(job, progress)
-            executor.work(*in_order(job, flow_tasks, mask_tasks))
+            executor.work(*in_order(job, flows.tasks_of(job, progress), mask_tasks))
         else:
             executor.work(mask_tasks)
         facts = stitch.run(job, executor, progress)
         publish.run(job, executor, progress)
-    progress.note_peak(peak_memory())
-    progress.stop()
-    found = job.surveyed
-    moments = () if found is None else found.moments
-    moments = tuple(dataclasses.replace(moment, diameter=moment.diameter.times(pixel)) for moment in moments)
-    report = Report(
-        segmenter=None if job.segmenter is None else job.segmenter.name,
-        diameter=None if job.diameter is None else job.diameter.times(pixel),
-        percentiles=moments[0].percentiles if len(moments) == 1 else None,
-        per_time=moments if len(moments) > 1 else (),
-        n_nonfinite=0 if found is None else found.n_nonfinite,
-        n_tiles=tiles["n_tiles"],
-        n_skipped_tiles=tiles["n_skipped"],
-        seconds=progress.seconds,
-        seconds_at_once=progress.seconds_at_once,
-        computed=progress.computed,
-        kept=progress.kept,
-        peak_memory=progress.peak_memory,
-        device=job.device if job.segmenter is None else None,
-        workers=executor.description,
-        scratch=None if place.scratch is None else str(place.scratch),
-        **facts,
-    )
-    path = None if place.plan is None else place.plan.path
-    return Segmentation(report, path, place.table, job)
+    return job, facts
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,18 @@ class Progress:
         for stage in list(self._open):
             self._end(stage)
 
+    def seconds_so_far(self) -> dict[str, float]:
+        """Seconds per stage, those of what is at work up to now."""
+        seconds, now = dict(self.seconds), time.perf_counter()
+        for stage, at in self._open.items():
+            seconds[stage] = seconds.get(stage, 0.0) + now - at.since
+        return seconds
+
+    @property
+    def peaks(self) -> dict[int, int]:
+        """Per process the most bytes it had resident."""
+        return dict(self._peaks)
+
     @property
     def peak_memory(self) -> int:
         """Sum over processes of the most bytes each had resident."""

@@ -28,6 +28,7 @@ from .disk import settle
 from .frames import read_channels
 from .grid import Index, Region, overlap, region_shape, region_text, shift
 from .job import Job
+from .meters import meter, metered
 from .objects import measure_objects
 from .omezarr import finish_labels, level_array, read_level
 from .progress import Progress
@@ -41,6 +42,7 @@ TABLE_BATCH = 2**18
 Measured = npt.NDArray[np.float64]
 
 
+@metered("measure")
 def process_block(
     labels: npt.NDArray[np.int32], intensities: npt.NDArray[Any], ids: npt.NDArray[np.uint32], origin: tuple[int, ...]
 ) -> npt.NDArray[np.float64]:
@@ -106,12 +108,15 @@ def paint_region(position: int, job: Job) -> dict[str, Any]:
     region = regions[position]
     local, ids = _region_labels(job, region)
     intensities = read_channels(job.image, region) if ids.size else np.zeros((job.image.n_channels, *local.shape))
-    array[region] = np.concatenate([np.zeros(1, np.uint32), ids])[local]
+    painted = np.concatenate([np.zeros(1, np.uint32), ids])[local]
+    with meter("write"):
+        array[region] = painted
     origin = tuple(p.start for p in region)
     job.store.save(f"{job.labels}/measured/{position}", process_block(local, intensities, ids, origin))
     return {"peak": peak_memory()}
 
 
+@metered("read")
 def _region_labels(job: Job, region: Region) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint32]]:
     """Labels 1..n of a region of level 0, of which not all need occur, and their global ids, ascending."""
     source, grid = job.store.open(f"{job.labels}/labels.zarr"), job.blocks
@@ -138,10 +143,14 @@ def shrink_region(position: int, job: Job, level: int) -> dict[str, Any]:
     region, finer = regions[position], job.plan.level_shape(level - 1)
     steps = [-(-a // b) for a, b in zip(finer, array.shape, strict=True)]
     wide = tuple(slice(p.start * s, min(p.stop * s, m)) for p, s, m in zip(region, steps, finer, strict=True))
-    array[region] = read_level(job.plan, level - 1, wide)[tuple(slice(None, None, s) for s in steps)]
+    with meter("read"):
+        shown = read_level(job.plan, level - 1, wide)[tuple(slice(None, None, s) for s in steps)]
+    with meter("write"):
+        array[region] = shown
     return {"peak": peak_memory()}
 
 
+@metered("table")
 def write_table(_: int, job: Job) -> dict[str, Any]:
     """Task: add up the parts of objects and write the table, a row group per batch of ids."""
     import pyarrow.parquet

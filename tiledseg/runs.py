@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from .addresses import cleaned
 from .cluster import Executor
 from .config import Settings, digest
 from .errors import OutputError, SettingsError
@@ -169,8 +170,8 @@ def _described(job: Job, plan: LabelsPlan | None) -> dict[str, Any]:
         "ome_zarr": None if plan is None else plan.version,
         **settings,
     }
-    # As it reads when it comes back from the scratch.
-    reread: dict[str, Any] = json.loads(json.dumps(described))
+    # As it reads when it comes back from the scratch, which holds no passwords.
+    reread: dict[str, Any] = json.loads(json.dumps(cleaned(described)))
     return reread
 
 

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from .config import Settings, digest
 from .errors import SegmenterError, SettingsError
+from .meters import metered
 from .store import Store
 
 __all__ = ["ALL_CHANNELS", "APPLICABLE", "Segmenter", "drop_small", "identity_of", "name_of", "segmenter_settings"]
@@ -143,6 +144,7 @@ class Segmenter:
         store.save(PACKED, np.frombuffer(payload, np.uint8))
         return dataclasses.replace(self, function=None, packed=hashlib.sha256(payload).hexdigest())
 
+    @metered("function")
     def label(self, pixels: npt.NDArray[Any], where: str, store: Store) -> LabelArray:
         """Labels of a region.
 

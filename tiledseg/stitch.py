@@ -6,7 +6,8 @@ Reads
 Writes
     ``<labels>/pairs/<block>``: labels of a block and of a later neighbour that are one object, and
     ``<labels>/agreement/<block>``: how well it agreed with its later neighbours;
-    ``<labels>/ids/<block>``: the global id of every local label; ``<labels>/stitch.json``.
+    ``<labels>/ids/<block>``: the global id of every local label; ``<labels>/objects-per-block``: a coarse picture
+    of how many objects each block has; ``<labels>/stitch.json``.
 Parallel over
     Blocks, then one merge. Its time grows with the number of objects, its memory with the links and
     with the labels in one slab of blocks (those of a frame that share their index along the first axis), not
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from .cluster import Executor, peak_memory
 from .grid import BlockGrid, Region, overlap, region_shape, shift
 from .job import Job, has_size_limits
+from .meters import meter, metered
 from .progress import Progress
 from .seams import Numbering, agreement, link, match_seam, node_index
 from .store import Store
@@ -31,6 +33,8 @@ from .store import Store
 __all__ = ["match_block", "merge", "merge_blocks", "merge_memory", "process_block", "run"]
 
 MIN_IOU = 0.5
+PICTURE = "objects-per-block"
+PICTURE_SIDE = 256
 MAX_SIZE = 2**62
 """Pixels that no object has."""
 
@@ -43,6 +47,7 @@ Pairs = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.float64]
 
 
+@metered("match")
 def process_block(
     low: npt.NDArray[np.uint32],
     high: npt.NDArray[np.uint32],
@@ -87,12 +92,13 @@ def match_block(position: int, job: Job) -> dict[str, Any]:
         # Where only one of them found anything there is no pair, but perhaps a label that is cut.
         if shared is None or (is_empty and _is_empty(job, number)):
             continue
-        low, high = (
-            np.zeros(region_shape(shared), np.uint32)
-            if _is_empty(job, at)
-            else labels[(at, *shift(shared, tuple(p.start for p in of.padded)))]
-            for at, of in ((position, block), (number, other))
-        )
+        with meter("read"):
+            low, high = (
+                np.zeros(region_shape(shared), np.uint32)
+                if _is_empty(job, at)
+                else labels[(at, *shift(shared, tuple(p.start for p in of.padded)))]
+                for at, of in ((position, block), (number, other))
+            )
         pairs, agreed = process_block(low, high, _cores(shared, block.core, other.core), number)
         found.append(pairs)
         counts += agreed
@@ -116,6 +122,7 @@ def _cores(shared: Region, low: Region, high: Region) -> tuple[Region, Region]:
     return shift(parts[0], origin), shift(parts[1], origin)
 
 
+@metered("merge")
 def merge(_: int, job: Job) -> dict[str, Any]:
     """Task: link all pairs and number the objects; done again from the start if it was interrupted."""
     masks = job.settings.masks
@@ -143,7 +150,8 @@ def merge_blocks(store: Store, folder: str, grid: BlockGrid, limits: tuple[int, 
     -------
     facts : dict
         ``n_objects``, ``n_too_large``, ``n_cut_by_halo``, ``n_blocks``, ``n_skipped_blocks``, ``n_pairs``,
-        ``n_exact_pairs``, ``mean_iou``, ``n_seam``, ``n_seam_linked``; see `pipeline.Report`.
+        ``n_exact_pairs``, ``mean_iou``, ``n_seam``, ``n_seam_linked``; see `report.Report`. ``per_block``: what the
+        folder's ``objects-per-block`` shows, see `report.Report`.
     """
     n_blocks = grid.n_blocks
     offsets, n_cut, n_skipped = _count(store, folder, n_blocks)
@@ -153,6 +161,7 @@ def merge_blocks(store: Store, folder: str, grid: BlockGrid, limits: tuple[int, 
     limit = None if limits is None else _SizeLimits(store, folder, offsets, (linked, objects), limits)
     numbering = Numbering(linked, objects)
     per_slab = n_blocks // grid.n_slabs
+    picture = _Picture(grid)
     for start in range(0, n_blocks, per_slab):
         slab = range(start, start + per_slab)
         first = np.concatenate([store.load(f"{folder}/objects/{position}")[2:] for position in slab])
@@ -162,6 +171,8 @@ def merge_blocks(store: Store, folder: str, grid: BlockGrid, limits: tuple[int, 
         for position in slab:
             here = offsets[position : position + 2] - offsets[start]
             store.save(f"{folder}/ids/{position}", ids[slice(*here)])
+            picture.add(position, ids[slice(*here)])
+    store.save(f"{folder}/{PICTURE}", picture.counts)
     n_pairs, n_exact, sum_iou, n_seam, n_seam_linked = counts.tolist()
     return {
         "n_objects": numbering.n_objects,
@@ -174,7 +185,34 @@ def merge_blocks(store: Store, folder: str, grid: BlockGrid, limits: tuple[int, 
         "mean_iou": sum_iou / n_pairs if n_pairs else 1.0,
         "n_seam": int(n_seam),
         "n_seam_linked": int(n_seam_linked),
+        "per_block": picture.facts(),
     }
+
+
+class _Picture:
+    """How many objects reach into each block, blocks beside each other put together where there are many, and blocks
+    of all frames and planes: a picture of at most 256 x 256 elements."""
+
+    def __init__(self, grid: BlockGrid) -> None:
+        self._counts = grid.counts
+        self._together = tuple(-(-n // PICTURE_SIDE) for n in grid.counts[-2:])
+        shape = tuple(-(-n // k) for n, k in zip(grid.counts[-2:], self._together, strict=True))
+        self.counts = np.zeros(shape, np.int64)
+        self._fewest, self._most = MAX_SIZE, 0
+
+    def add(self, position: int, ids: npt.NDArray[np.uint32]) -> None:
+        """Count the objects of a block by the ids of its labels, of which several may be one object."""
+        ids = np.sort(ids)  # several times as fast as np.unique
+        n = int(np.count_nonzero(ids[1:] != ids[:-1])) + int((ids[:1] > 0).sum())
+        index = np.unravel_index(position, self._counts)[-2:]
+        row, column = (int(i) // k for i, k in zip(index, self._together, strict=True))
+        self.counts[row, column] += n
+        self._fewest, self._most = min(self._fewest, n), max(self._most, n)
+
+    def facts(self) -> dict[str, Any]:
+        """What the picture shows."""
+        together = [*self._counts[:-2], *self._together]
+        return {"fewest": self._fewest, "most": self._most, "blocks": list(self._counts), "together": together}
 
 
 class _SizeLimits:

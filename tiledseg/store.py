@@ -4,6 +4,7 @@ Layout of the scratch folder, the only home of these names::
 
     run.json                 settings, image and model of the run
     survey.json              percentiles, diameter, foreground summary
+    totals.json              what all calls have cost
     survey.zarr/...          samples and foreground statistics per region, map of the normalisation
     flows.zarr               pieces of the flows chunks
     masks-<digest>/          one folder per set of mask settings
@@ -41,6 +42,7 @@ from .disk import DRAFTS, make_folders, make_home, sweep, sync_folder, write_who
 from .errors import OutputError, ScratchError
 from .images.damage import BAD_FILE, failing_chunks
 from .lock import LOCK
+from .meters import metered
 from .waiting import is_stored, patiently
 
 __all__ = ["DiskStore", "MemoryStore", "Store", "as_output_error", "disk_errors"]
@@ -242,10 +244,12 @@ class DiskStore:
             store = self._array(name, is_full=to_read)
             return zarr.open_array(store, mode="r+", config={"write_empty_chunks": True})
 
+    @metered("write")
     def save(self, name: str, values: npt.NDArray[Any]) -> None:
         """Store a small array whole; it is there completely or not at all."""
         self._write(self.path / f"{name}.npy", lambda file: np.save(file, values, allow_pickle=False))
 
+    @metered("read")
     def load(self, name: str) -> npt.NDArray[Any]:
         """A small array stored whole."""
         return self._load(f"{name}.npy", None)

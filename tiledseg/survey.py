@@ -33,6 +33,7 @@ from .grid import Index, Region, WorkingGrid, region_shape, region_text, shift
 from .images import Image
 from .inputs import channels_of
 from .job import Diameter, Job, Moment, Surveyed
+from .meters import metered
 from .networks.runner import load_network
 from .normalisation import CELL, CELLS_PER_POINT, SAMPLES_PER_CELL, percentiles_of, range_map, sample_cells
 from .objects import object_extents
@@ -72,6 +73,7 @@ def sizes_name(moment: int) -> str:
     return f"survey.zarr/diameters-{moment}"
 
 
+@metered("statistics")
 def process_block(values: FloatArray, core: Region) -> FloatArray:
     """Statistics by which a region's background is told from cells.
 

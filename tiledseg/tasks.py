@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .errors import QuarantineError, TiledsegError
+from .meters import note
 from .store import as_output_error
 
 __all__ = ["Item", "Pool", "Quarantined", "Tasks", "Troubles", "run_tasks"]
@@ -184,6 +185,7 @@ class _Failures:
         self._tries[tasks.name, item] += 1
         if self._tries[tasks.name, item] < TRIES[how]:
             self._troubles.n_retried += 1
+            note("retries")
             self.suspects.append((tasks, item))
             return
         said = str(error).strip().splitlines()[:1]

@@ -17,6 +17,7 @@ from .frames import frame_region, label_shape, level_geometry
 from .grid import Index, Region, WorkingGrid, interpolate, linear_weights
 from .images import Image
 from .inputs import Input
+from .meters import metered
 from .normalisation import Normalisation
 
 __all__ = ["box_mean", "finite_float", "pixels_to_read", "read_tile", "source_level"]
@@ -49,6 +50,7 @@ def pixels_to_read(image: Image, grid: WorkingGrid, sides: Index) -> Index:
     return tuple(min(n, math.ceil(side / (s * r)) + 2) for n, side, s, r in parts)
 
 
+@metered("scale")
 def read_tile(
     image: Image,
     shown: Sequence[tuple[Input, Normalisation]],

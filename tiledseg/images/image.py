@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ..axes import spatial_axes
 from ..errors import ImageError
+from ..meters import metered
 from ..waiting import is_stored
 from .damage import BAD_FILE, failing_chunks, stored_keys, torn_chunks
 from .units import MICROMETERS
@@ -134,6 +135,7 @@ class Image:
             found.append(spacing * MICROMETERS[unit])
         return tuple(found)
 
+    @metered("read")
     def read(self, level: int, region: tuple[slice, ...]) -> npt.NDArray[Any]:
         """Read pixels.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 
 from ..gpu import GPU
 from ..malloc import keep_freed_memory
+from ..meters import busy, metered
 from .models import Model
 from .transformer import transformer_of
 from .unet import prepare_to_predict, read_state, unet_of
@@ -54,9 +57,11 @@ class Network:
         if device == "cpu":
             keep_freed_memory()
         self.batch = BATCH[device]
+        self._gpu = _name_of_gpu() if device == "cuda" else None
         # One forward pass at a time on a GPU: tasks overlap by reading while another computes.
         self._lock: contextlib.AbstractContextManager[Any] = GPU if device == "cuda" else contextlib.nullcontext()
 
+    @metered("network")
     def predict(self, tiles: Tiles) -> tuple[Tiles, Tiles]:
         """Run the network on any number of tiles, in batches of one fixed shape.
 
@@ -76,10 +81,13 @@ class Network:
         for batch, n in self._batches(tiles):
             if self._device == "cpu" and torch.get_num_threads() != 1:
                 torch.set_num_threads(1)
-            with self._lock, torch.inference_mode():
-                output, style = self._net(batch.to(self._device, **self._how))[:2]
-            outputs.append(output[:n].float().cpu().numpy())
-            styles.append(style[:n].float().cpu().numpy())
+            with contextlib.ExitStack() as until_results_are_here:
+                with self._lock, torch.inference_mode():
+                    # A GPU works on after it was told what to do.
+                    until_results_are_here.enter_context(busy(self._gpu))
+                    output, style = self._net(batch.to(self._device, **self._how))[:2]
+                outputs.append(output[:n].float().cpu().numpy())
+                styles.append(style[:n].float().cpu().numpy())
         result = np.concatenate(outputs)
         result[:, :-1] /= 5.0  # the networks are trained on five times the unit flow
         return result, np.concatenate(styles)
@@ -94,9 +102,17 @@ class Network:
             yield torch.from_numpy(np.ascontiguousarray(batch)), n
 
 
+def _name_of_gpu() -> str:
+    """The GPU that this process uses, as no other one of a cluster is called."""
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    which = getattr(found, "uuid", None) or os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    return f"{found.name} {which} on {socket.gethostname()}"
+
+
 _loading = threading.Lock()
 
 
+@metered("load")
 def load_network(model: Model, device: str) -> Network:
     """The network of a model, loaded once per process."""
     with _loading:
