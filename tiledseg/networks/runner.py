@@ -2,7 +2,7 @@
 
 On a CPU the batch is one tile and torch uses one thread per call: another batch size or thread
 count changes last bits, and one thread per tile with several tiles at once is also the fastest.
-Tiles run in parallel because tasks do.
+Tiles run in parallel because tasks do. Of batches on a GPU see `batches`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..gpu import GPU
 from ..malloc import keep_freed_memory
+from .batches import Passes
 from .models import Model
 from .transformer import transformer_of
 from .unet import prepare_to_predict, read_state, unet_of
@@ -28,6 +28,9 @@ __all__ = ["Network", "computes_in_bfloat16", "load_network", "precision_of", "t
 Tiles = npt.NDArray[np.float32]
 
 BATCH = {"cpu": 1, "cuda": 8}
+"""Tiles, where the run has not chosen: on a CPU always, on a GPU for a forecast."""
+NATIVE_BFLOAT16 = (8, 0)
+"""CUDA's number for the first GPUs that compute in bfloat16; older ones do it by detours."""
 
 
 class Network:
@@ -43,19 +46,23 @@ class Network:
 
     def __init__(self, model: Model, device: str) -> None:
         self._device = device
-        self._how: dict[str, Any] = {"dtype": torch.bfloat16 if model.precision == "bfloat16" else torch.float32}
+        how: dict[str, Any] = {"dtype": torch.bfloat16 if model.precision == "bfloat16" else torch.float32}
         if model.architecture == "unet":
             net = unet_of(read_state(model.path), model.path).eval()
             prepare_to_predict(net)
-            self._how["memory_format"] = torch.channels_last
+            how["memory_format"] = torch.channels_last
         else:
             net = transformer_of(model).eval()
-        self._net: Any = net.to(device, **self._how)
         if device == "cpu":
             keep_freed_memory()
-        self.batch = BATCH[device]
-        # One forward pass at a time on a GPU: tasks overlap by reading while another computes.
-        self._lock: contextlib.AbstractContextManager[Any] = GPU if device == "cuda" else contextlib.nullcontext()
+        self.batch = model.batch or BATCH[device]
+        self._passes = Passes(net, device, how, self.batch, (model.n_channels, model.tile, model.tile))
+
+    @property
+    def shortage(self) -> tuple[int, bool] | None:
+        """Tiles that go through at once for want of memory, and whether they are exact; None if all of a batch do."""
+        at_once = self._passes.at_once
+        return None if at_once == self.batch else (at_once, self._passes.is_exact)
 
     def predict(self, tiles: Tiles) -> tuple[Tiles, Tiles]:
         """Run the network on any number of tiles, in batches of one fixed shape.
@@ -72,17 +79,21 @@ class Network:
         styles : array of float32, shape (n, n_style)
             Style vectors of unit length; transformers have none that means anything.
         """
-        outputs, styles = [], []
-        for batch, n in self._batches(tiles):
-            if self._device == "cpu" and torch.get_num_threads() != 1:
-                torch.set_num_threads(1)
-            with self._lock, torch.inference_mode():
-                output, style = self._net(batch.to(self._device, **self._how))[:2]
-            outputs.append(output[:n].float().cpu().numpy())
-            styles.append(style[:n].float().cpu().numpy())
-        result = np.concatenate(outputs)
-        result[:, :-1] /= 5.0  # the networks are trained on five times the unit flow
-        return result, np.concatenate(styles)
+        return self.start(tiles)()
+
+    def start(self, tiles: Tiles) -> Callable[[], tuple[Tiles, Tiles]]:
+        """Start what `predict` does; returns what waits for it. A GPU computes meanwhile, a CPU does so at once."""
+        if self._device == "cpu" and torch.get_num_threads() != 1:
+            torch.set_num_threads(1)
+        begun = [(self._passes.begin(batch), n) for batch, n in self._batches(tiles)]
+
+        def finish() -> tuple[Tiles, Tiles]:
+            found = [[values[:n].numpy() for values in results()] for results, n in begun]
+            output, styles = (np.concatenate(of) for of in zip(*found, strict=True))
+            output[:, :-1] /= 5.0  # the networks are trained on five times the unit flow
+            return output, styles
+
+        return finish
 
     def _batches(self, tiles: Tiles) -> Iterator[tuple[torch.Tensor, int]]:
         """Batches of the fixed size, the last filled up with zeros, and how many tiles are real."""
@@ -108,8 +119,13 @@ def _load(model: Model, device: str) -> Network:
     return Network(model, device)
 
 
-def computes_in_bfloat16() -> bool:
-    """Whether torch says that this CPU has instructions for bfloat16; older versions of torch do not say."""
+def computes_in_bfloat16(device: str = "cpu") -> bool | None:
+    """Whether torch says that this process's CPU or GPU has instructions for bfloat16; older versions do not say.
+
+    None where there is no such device.
+    """
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= NATIVE_BFLOAT16 if torch.cuda.is_available() else None
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -123,16 +139,15 @@ def precision_of(model: Model, device: str, has_bfloat16: bool) -> str:
     device : str
         ``"cpu"`` or ``"cuda"``.
     has_bfloat16 : bool
-        Whether every CPU that works has instructions for it, see `computes_in_bfloat16`.
+        Whether every CPU or GPU that works has instructions for it, see `computes_in_bfloat16`.
 
     Returns
     -------
     precision : str
-        ``"bfloat16"`` for transformers on a GPU: they are trained in it, and twice as fast. For U-Nets on such CPUs:
+        ``"bfloat16"`` on such GPUs: transformers are trained in it, and GPUs are made for it. For U-Nets on such CPUs:
         there it is 1.6 to 2.1 times as fast, and finds the same cells. ``"float32"`` otherwise.
     """
-    is_unet = model.architecture == "unet"
-    is_half = has_bfloat16 if is_unet and device == "cpu" else not is_unet and device == "cuda"
+    is_half = has_bfloat16 and (device == "cuda" or model.architecture == "unet")
     return "bfloat16" if is_half else "float32"
 
 
