@@ -237,7 +237,7 @@ class _OnGpu:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with (
-            _set(_fixed_kernels()),
+            _fixed_kernels(),
             sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
         ):
             yield
@@ -275,24 +275,37 @@ class _OnGpu:
         torch.cuda.empty_cache()
 
 
-def _fixed_kernels() -> list[tuple[Any, str, Any]]:
-    """Settings of torch, of the whole process, and what they must be: owner, name, value."""
-    cudnn: Any = torch.backends.cudnn
-    products = torch.backends.cuda.matmul
-    fixed: list[tuple[Any, str, Any]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
-    if hasattr(products, "fp32_precision"):
-        return [*fixed, (cudnn.conv, "fp32_precision", "ieee"), (products, "fp32_precision", "ieee")]
-    return [*fixed, (cudnn, "allow_tf32", False), (products, "allow_tf32", False)]
-
-
 @contextlib.contextmanager
-def _set(settings: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Within, attributes have these values; then what they had before."""
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
+def _fixed_kernels() -> Iterator[None]:
+    """Within, torch takes deterministic kernels, by rule and not by trial, none with TF32; then as before."""
+    cudnn: Any = torch.backends.cudnn
+    products: Any = torch.backends.cuda.matmul
+    fixed = [
+        (cudnn, "benchmark", False),
+        (cudnn, "deterministic", True),
+        (cudnn, "allow_tf32", False),
+        (products, "allow_tf32", False),
+    ]
+    before = [(owner, name, _value_of(owner, name)) for owner, name, _ in fixed]
+    # What is set the old way counts for the new way as well, but says less.
+    operations = [getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None), products]
+    before += [(it, "fp32_precision", it.fp32_precision) for it in operations if hasattr(it, "fp32_precision")]
     try:
-        for owner, name, value in settings:
-            setattr(owner, name, value)
+        _set(fixed)
         yield
     finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
+        _set(before)
+
+
+def _value_of(owner: Any, name: str) -> Any:
+    """A setting of torch; False where torch does not tell, because it was set partly the old way and partly the new."""
+    try:
+        return getattr(owner, name)
+    except RuntimeError:
+        return False
+
+
+def _set(settings: Sequence[tuple[Any, str, Any]]) -> None:
+    """Set attributes: owner, name, value."""
+    for owner, name, value in settings:
+        setattr(owner, name, value)

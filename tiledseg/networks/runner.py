@@ -23,7 +23,14 @@ from .models import Model
 from .transformer import transformer_of
 from .unet import prepare_to_predict, read_state, unet_of
 
-__all__ = ["Network", "computes_in_bfloat16", "load_network", "precision_of", "torch_threads_kept"]
+__all__ = [
+    "Network",
+    "computes_in_bfloat16",
+    "forget_networks",
+    "load_network",
+    "precision_of",
+    "torch_threads_kept",
+]
 
 Tiles = npt.NDArray[np.float32]
 
@@ -117,6 +124,13 @@ def load_network(model: Model, device: str) -> Network:
 @functools.lru_cache(maxsize=4)
 def _load(model: Model, device: str) -> Network:
     return Network(model, device)
+
+
+def forget_networks() -> None:
+    """Let go of the networks that were loaded, and of what a GPU keeps for them."""
+    with _loading:
+        _load.cache_clear()
+        torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def computes_in_bfloat16(device: str = "cpu") -> bool | None:
