@@ -55,8 +55,10 @@ SURVEY_PIXEL = 28
 """Per pixel of a region of the survey, besides the image's own; 19 to 21."""
 SURVEY_VOXEL = 12
 """Per pixel of a region of several planes, of which one is measured at a time."""
-FLOWS_BYTES = 100 * MIB
-"""Of the tiles of a chunk and what comes of them, besides what the forward pass holds; some 50 MiB."""
+FLOWS_BYTES = 64 * MIB
+"""Of the tiles of a chunk and what comes of them."""
+PASS = 3.0
+"""Of what the tensors of a forward pass hold on a CPU, whose kernels take more; with cpsam 2.4, 2.9 in bfloat16."""
 LOADING = 2.25
 """Of the size of a transformer's file, to load it: as it is stored, and as it is used; 2.15."""
 FLOWS_PIXEL = 16
@@ -322,7 +324,7 @@ class Preflight:
             yield "survey", _survey_bytes(image, extent, self.inputs)
             if working is not None:
                 tiles = [_tiles_bytes(image, self.inputs, sheet, working) for sheet in self._sheets(working)]
-                passes = tile_memory(self.labeller) if self.device == "cpu" else 0
+                passes = int(PASS * tile_memory(self.labeller)) if self.device == "cpu" else 0
                 yield "flows", FLOWS_BYTES + passes + max(tiles)
             yield "masks", TASK_BYTES + self._masks_bytes(padded, working)
         yield "stitch", TASK_BYTES + _stitch_bytes(blocks, n_objects, self.crew.n_threads)

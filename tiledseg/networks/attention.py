@@ -72,7 +72,9 @@ class PositionedAttention(nn.Module):
         by_row = torch.einsum("nmhwc,hck->nmhwk", there, self.along_rows).flatten(2, 3)
         by_column = torch.einsum("nmhwc,wck->nmhwk", there, self.along_columns).flatten(2, 3)
         more = self.places.shape[-1]
-        query = F.pad(torch.cat([query * self.n_entries**-0.5, by_row, by_column], -1), (0, more - rows - columns))
+        query = torch.cat([query * self.n_entries**-0.5, by_row, by_column], -1)
+        if more > rows + columns:
+            query = F.pad(query, (0, more - rows - columns))
         key = torch.cat([key, self.places.expand(n, self.n_heads, -1, -1)], -1)
         # The kernels want values as long as the keys are.
         attended = F.scaled_dot_product_attention(query, key, F.pad(value, (0, more)), scale=1.0)
