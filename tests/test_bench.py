@@ -168,6 +168,25 @@ def test_whole(tmp_path: Path) -> None:
     assert row["objects"] > 50
 
 
+@pytest.mark.usefixtures("_torch_threads")
+def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU: with one layer of cpsam, and nothing that is judged but the outputs."""
+    from cellpose import vit
+
+    monkeypatch.setattr(vit, "sam_model_registry", vit.sam_model_registry)  # the script changes it
+    code, saved = run("gpu", tmp_path, "--device", "cpu", "--size", "200")
+    rates, runs = saved["rows"][:8], saved["rows"][8:]
+    assert code == 0
+    assert [row["network"] for row in rates] == ["cpsam"] * 4 + ["unet"] * 4
+    assert rates[0]["x Cellpose"] == 1
+    assert all(row["tiles/s"] > 0 and row["of matrices"] > 0 for row in rates)
+    nuclei, cpsam, contrib = runs
+    assert nuclei["note"] != cpsam["note"] == "0 objects"
+    assert 0 < cpsam["busy"] <= 1
+    assert contrib["note"] == "no environment given"
+    assert [target["is_met"] for target in saved["targets"]] == [True, True]
+
+
 def test_scale(tmp_path: Path) -> None:
     code, saved = run("scale", tmp_path, "--max", "512")
     (row,) = saved["rows"]

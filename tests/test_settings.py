@@ -102,9 +102,11 @@ def test_without_a_word_the_network_computes_in_what_the_cpu_has(slide: Slide) -
     [
         ("unet", "cpu", True, "bfloat16"),
         ("unet", "cpu", False, "float32"),
+        ("unet", "cuda", True, "bfloat16"),
         ("unet", "cuda", False, "float32"),
         ("cpsam", "cpu", True, "float32"),
-        ("cpsam", "cuda", False, "bfloat16"),
+        ("cpsam", "cuda", True, "bfloat16"),
+        ("cpsam", "cuda", False, "float32"),
     ],
 )
 def test_the_precision_by_network_and_device(architecture: str, device: str, has_bfloat16: bool, expected: str) -> None:

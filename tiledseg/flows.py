@@ -14,6 +14,7 @@ Parallel over
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,13 +28,17 @@ from .frames import frame_region
 from .grid import Index, Lattice, Region, enclosing, region_shape, region_text, shift
 from .job import CELLPROB_FLOOR, N_OUTPUTS, Job, Sheet
 from .meters import meter, metered, note
+from .networks.batches import shortage_text
 from .networks.runner import load_network
 from .progress import Progress
 from .reach import Reach
+from .store import Store
 from .tasks import Tasks
 from .working import pixels_to_read, read_tile
 
-__all__ = ["PIXELS_AT_ONCE", "compute_chunk", "group_shape", "process_block", "run", "tasks_of"]
+__all__ = ["PIXELS_AT_ONCE", "compute_chunk", "group_shape", "n_inexact_tiles", "process_block", "run", "tasks_of"]
+
+logger = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -41,6 +46,8 @@ PIXELS_AT_ONCE = 2**22
 """Of a level of the image, times inputs, that are read at once for some tiles of a chunk."""
 TILES_AT_ONCE = 64
 """Of a volume, that are worked on together."""
+SHORTAGE = "shortage.json"
+"""What there is to say of batches that were halved."""
 
 
 @metered("blend")
@@ -92,7 +99,8 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
         job.store.open(sheet.name)[index] = piece
     note("n_tiles", len(wanted))
     note("n_skipped_tiles", len(tiles) - len(wanted))
-    return {"peak": peak_memory()}
+    shortage = load_network(job.model, job.device).shortage if wanted else None
+    return {"n_tiles": len(wanted), "shortage": shortage, "peak": peak_memory()}
 
 
 def _planes_together(lattice: Lattice) -> int:
@@ -134,24 +142,25 @@ def _predict(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> dict[I
     read = _reader(job, sheet, frame, tiles)
     is_mirrored = job.settings.flows.augment
 
-    def predict(batch: list[Index]) -> FloatArray:
+    def start(batch: list[Index]) -> Callable[[], tuple[FloatArray, FloatArray]]:
         inputs = np.zeros((len(batch), model.n_channels, lattice.tile, lattice.tile), np.float32)
         for values, tile in zip(inputs, batch, strict=True):
             shown = read(lattice.tile_region(tile)).reshape(-1, lattice.tile, lattice.tile)
             values[: len(shown)] = _mirrored(shown, lattice.along_plane(tile)) if is_mirrored else shown
-        predicted = network.predict(inputs)[0]
-        if is_mirrored:
-            for output, tile in zip(predicted, batch, strict=True):
+        return network.start(inputs)
+
+    batches = [tiles[start : start + network.batch] for start in range(0, len(tiles), network.batch)]
+    outputs: dict[Index, FloatArray] = {}
+    # All batches are started before the first is waited for: a GPU computes while the next one is read.
+    for batch, finish in zip(batches, CORES.run(start, batches), strict=True):
+        found = finish()[0]
+        for output, tile in zip(found, batch, strict=True):
+            if is_mirrored:
                 in_plane = lattice.along_plane(tile)
                 output[:] = _mirrored(output, in_plane)
                 # The flow along an axis that is turned round turns with it.
                 output[[axis for axis, i in enumerate(in_plane) if i % 2]] *= -1
-        return predicted
-
-    batches = [tiles[start : start + network.batch] for start in range(0, len(tiles), network.batch)]
-    outputs: dict[Index, FloatArray] = {}
-    for batch, found in zip(batches, CORES.run(predict, batches), strict=True):
-        outputs.update(zip(batch, found, strict=True))
+            outputs[tile] = output
     return outputs
 
 
@@ -196,6 +205,7 @@ def tasks_of(job: Job, progress: Progress) -> Tasks:
 
     def took(number: int, record: dict[str, Any]) -> None:
         job.store.mark("flows", [number])
+        _note_shortage(job, record["shortage"], record["n_tiles"])
         progress.step(record["peak"], "flows")
 
     return Tasks(
@@ -214,3 +224,23 @@ def tasks_of(job: Job, progress: Progress) -> Tasks:
 def run(job: Job, executor: Executor, progress: Progress) -> None:
     """Compute the chunks that are missing."""
     executor.work(tasks_of(job, progress))
+
+
+def _note_shortage(job: Job, shortage: tuple[int, bool] | None, n_tiles: int) -> None:
+    """Say once that batches went through a network in parts, and keep count of tiles that may not be exact."""
+    if shortage is None:
+        return
+    noted = job.store.read_json(SHORTAGE) or {"said": [], "n_inexact_tiles": 0}
+    text = shortage_text(*shortage)
+    if text not in noted["said"]:
+        logger.warning(text)
+        noted["said"].append(text)
+    elif shortage[1]:
+        return
+    noted["n_inexact_tiles"] += 0 if shortage[1] else n_tiles
+    job.store.write_json(SHORTAGE, noted)
+
+
+def n_inexact_tiles(store: Store) -> int:
+    """Tiles of the flows that were computed in halved batches and might differ in their last bits."""
+    return int((store.read_json(SHORTAGE) or {"n_inexact_tiles": 0})["n_inexact_tiles"])

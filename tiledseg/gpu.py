@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import operator
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from . import particles
 from .claims import claimed_if_free
 from .heat import object_centres, sum_errors
 from .particles import CHECK_EVERY, SETTLED, check_flows
 
-__all__ = ["GPU", "flow_errors", "follow_flows", "idle_device"]
+__all__ = ["GPU", "flow_errors", "follow_flows", "idle_device", "is_out_of_memory"]
+
+logger = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int32]
@@ -36,7 +40,7 @@ GPU = threading.Lock()
 @contextlib.contextmanager
 def idle_device(device: str) -> Iterator[str]:
     """The run's device if this process has it and it has nothing else to do, ``"cpu"`` otherwise."""
-    if device == "cpu" or not _is_here() or not GPU.acquire(blocking=False):
+    if device == "cpu" or not _is_idle() or not GPU.acquire(blocking=False):
         yield "cpu"
         return
     try:
@@ -46,11 +50,33 @@ def idle_device(device: str) -> Iterator[str]:
         GPU.release()
 
 
-def _is_here() -> bool:
-    """Whether this process has a GPU: beside workers that do, there are others."""
+def _is_idle() -> bool:
+    """Whether this process has a GPU, and it works on no pass of the network that it was told of."""
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.is_available() and torch.cuda.current_stream().query()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that a device has too little memory."""
+    import torch
+
+    says = str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in says or "ALLOC_FAILED" in says
+
+
+def _if_it_fits(on_gpu: Callable[[], Any], on_cpu: Callable[[], Any]) -> Any:
+    """What comes of some work on the GPU, or of the same on the CPU if the GPU has too little memory for it."""
+    import torch
+
+    try:
+        return on_gpu()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()
+    logger.info("the GPU has too little memory for the masks of a block: they are made on the CPU, to the same labels.")
+    return on_cpu()
 
 
 def follow_flows(flows: FloatArray, is_foreground: npt.NDArray[np.bool_], niter: int, device: str) -> Labels:
@@ -73,6 +99,15 @@ def follow_flows(flows: FloatArray, is_foreground: npt.NDArray[np.bool_], niter:
     ImageError, SettingsError
         As there.
     """
+    ends: Labels = _if_it_fits(
+        lambda: _follow(flows, is_foreground, niter, device),
+        lambda: particles.follow_flows(flows, is_foreground, niter),
+    )
+    return ends
+
+
+def _follow(flows: FloatArray, is_foreground: npt.NDArray[np.bool_], niter: int, device: str) -> Labels:
+    """`follow_flows` on the device."""
     import torch
 
     flow = torch.from_numpy(check_flows(flows, is_foreground).reshape(-1, is_foreground.ndim)).to(device)
@@ -157,7 +192,11 @@ def flow_errors(
     n_iter = np.where(is_present, 2 * (boxes[:, 1] - boxes[:, 0] + 1).sum(axis=1), 0)
     flat = np.ascontiguousarray(labels).reshape(-1)
     pixels = np.flatnonzero(np.concatenate([[False], is_present])[flat])
-    values = _object_flows(flat, labels.shape, pixels, n_iter, object_centres(labels, boxes), device)
+    centres = object_centres(labels, boxes)
+    values = _if_it_fits(
+        lambda: _object_flows(flat, labels.shape, pixels, n_iter, centres, device),
+        lambda: _object_flows(flat, labels.shape, pixels, n_iter, centres, "cpu"),
+    )
     return sum_errors(flat, pixels, values, flows, len(boxes))
 
 

@@ -35,7 +35,7 @@ from .progress import Listener, Progress
 from .reach import in_order
 from .repair import forget
 from .report import Report, report_of, write_report
-from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
+from .runs import Place, in_batches, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
 from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
 from .store import DiskStore, MemoryStore, Store
 
@@ -198,6 +198,7 @@ def segment(
         given = chosen.survey.diameter_px(opened.spacing_um())
         preflight.settled(given).check(given)
         run_id = reopen(job, place, restart)
+        job = in_batches(job, executor)
         if segmenter is None and device == "cpu" and chosen.flows.device == "auto":
             logger.info("no GPU found: the network runs on the CPU.")
         if executor.dashboard is not None:
@@ -359,13 +360,14 @@ def _in_precision(
         # A run that goes on elsewhere goes on in what it began with.
         began_with = (store.read_json("run.json") or {}).get("settings", {}).get("precision")
         precision = began_with if began_with in PRECISIONS else "auto"
-    have = executor.ask(computes_in_bfloat16) if device == "cpu" else []
+    what = "CPU" if device == "cpu" else "GPU"
+    have = [it for it in executor.ask(functools.partial(computes_in_bfloat16, device)) if it is not None]
     if precision == "auto":
         precision = precision_of(model, device, all(have))
         if any(have) and not all(have):
-            logger.info("not every worker's CPU computes in bfloat16: the network computes in float32 on all.")
+            logger.info("not every worker's %s computes in bfloat16: the network computes in float32 on all.", what)
     if precision == "bfloat16" and not all(have):
-        logger.warning("this CPU does not compute in bfloat16: the network would be faster in float32.")
+        logger.warning("this %s does not compute in bfloat16: the network would be faster in float32.", what)
     flows = dataclasses.replace(settings.flows, precision=precision)
     return dataclasses.replace(model, precision=precision), dataclasses.replace(settings, flows=flows)
 
@@ -527,7 +529,7 @@ def preview(
     diameter = _expected_diameter(opened, chosen, _model_of(chosen), place)
     precision = chosen.flows.precision
     if isinstance(model, Model):
-        here = precision_of(model, device, device == "cpu" and computes_in_bfloat16())
+        here = precision_of(model, device, bool(computes_in_bfloat16(device)))
         model = dataclasses.replace(model, precision=here if precision == "auto" else precision)
     preflight = Preflight(opened, inputs, chosen, model, place, crew, device).settled(diameter.value)
     refused = None

@@ -29,6 +29,7 @@ from .grid import BlockGrid, Index, WorkingGrid
 from .images import Image
 from .inputs import Input, channels_of
 from .job import N_OUTPUTS, Sheet, block_of, grid_of, halo_of, sheets_of
+from .networks.batches import tile_memory
 from .networks.models import Model
 from .publish import REGION as PUBLISH_REGION
 from .publish import region_sides
@@ -46,20 +47,20 @@ MIB = 2**20
 PROCESS_BYTES = 850 * MIB
 """A process in which torch, numba's kernels, zarr and a network are loaded; some 720 MiB."""
 CUDA_BYTES = 3072 * MIB
-"""More of that with a GPU; a guess, not measured."""
+"""More of that with a GPU: its libraries, and pinned tiles; a guess, not measured. Its own memory is not counted here:
+batches are chosen to fit it, see `networks.batches`."""
 TASK_BYTES = 48 * MIB
 """Of any task beside its arrays: buffers of codecs, the heap's slack; up to 30 MiB."""
 SURVEY_PIXEL = 28
 """Per pixel of a region of the survey, besides the image's own; 19 to 21."""
 SURVEY_VOXEL = 12
 """Per pixel of a region of several planes, of which one is measured at a time."""
-FLOWS_BYTES = 128 * MIB
-"""Of the forward pass, and the tiles of a chunk; 74 MiB with the half-width network."""
+FLOWS_BYTES = 64 * MIB
+"""Of the tiles of a chunk and what comes of them."""
+PASS = 3.0
+"""Of what the tensors of a forward pass hold on a CPU, whose kernels take more; with cpsam 2.4, 2.9 in bfloat16."""
 LOADING = 2.25
 """Of the size of a transformer's file, to load it: as it is stored, and as it is used; 2.15."""
-ATTENTION_BYTES = 192
-"""Of the forward pass of a transformer, for each pair of its patches of 8 x 8 pixels; 190 with cpsam."""
-PATCH = 8
 FLOWS_PIXEL = 16
 """Per pixel of the level that tiles are read from, besides the image's own."""
 BLENDED_PIXEL = 32
@@ -323,7 +324,8 @@ class Preflight:
             yield "survey", _survey_bytes(image, extent, self.inputs)
             if working is not None:
                 tiles = [_tiles_bytes(image, self.inputs, sheet, working) for sheet in self._sheets(working)]
-                yield "flows", _network_bytes(self.labeller) + max(tiles)
+                passes = int(PASS * tile_memory(self.labeller)) if self.device == "cpu" else 0
+                yield "flows", FLOWS_BYTES + passes + max(tiles)
             yield "masks", TASK_BYTES + self._masks_bytes(padded, working)
         yield "stitch", TASK_BYTES + _stitch_bytes(blocks, n_objects, self.crew.n_threads)
         plan, shape = self.place.plan, blocks.shape
@@ -452,11 +454,6 @@ def _survey_bytes(image: Image, extent: Extent, inputs: tuple[Input, ...]) -> in
 def _most_channels(inputs: tuple[Input, ...]) -> int:
     """How many channels are read at once for one input."""
     return max(len(single.channels) for single in inputs)
-
-
-def _network_bytes(model: Model) -> int:
-    """Memory of a forward pass on one tile, and of what comes of a chunk."""
-    return FLOWS_BYTES + (0 if model.architecture == "unet" else ATTENTION_BYTES * (model.tile // PATCH) ** 4)
 
 
 def _tiles_bytes(image: Image, inputs: tuple[Input, ...], sheet: Sheet, working: WorkingGrid) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 from .addresses import cleaned
 from .cluster import Executor, peak_memory
+from .flows import n_inexact_tiles
 from .inputs import inputs_text
 from .job import Diameter, Job, Moment
 from .ledger import Ledger, Work
@@ -62,6 +63,9 @@ class Report(Work):
         them the other block saw as well. Those it did not see are cut at the border.
     n_nonfinite : int
         Pixels that are NaN or infinite, taken as background; 0 with a function, which is given them.
+    n_inexact_tiles : int
+        Tiles, of all calls, computed in batches that were halved for want of memory on a GPU, if that may have changed
+        their last bits; 0 wherever labels are bit for bit those of any other run.
     per_block : dict or None
         Objects that reach into a block: the ``fewest`` and the ``most``, the number of ``blocks`` along each axis, and
         how many of them an element of the picture in ``report.html`` puts ``together``; None if an earlier version
@@ -123,6 +127,7 @@ class Report(Work):
     n_seam: int
     n_seam_linked: int
     n_nonfinite: int
+    n_inexact_tiles: int
     per_block: dict[str, Any] | None
     kept: dict[str, int]
     quarantined: tuple[str, ...]
@@ -190,6 +195,7 @@ def report_of(
         percentiles=moments[0].percentiles if len(moments) == 1 else None,
         per_time=moments if len(moments) > 1 else (),
         n_nonfinite=0 if found is None else found.n_nonfinite,
+        n_inexact_tiles=n_inexact_tiles(job.store),
         kept=progress.kept,
         quarantined=ledger.quarantined,
         tiles_per_second=work.n_tiles / work.seconds["flows"] if work.n_tiles else None,

@@ -32,11 +32,22 @@ from .frames import image_region, label_axes, label_shape
 from .images import Image, MemorySource, open_image
 from .job import Job
 from .lock import locked
+from .networks.batches import fitting_batch, free_memory
 from .omezarr import LabelsPlan, create_labels, labels_exist, plan_labels, remove_labels
 from .segmenters import APPLICABLE
 from .store import DiskStore, MemoryStore, Store
 
-__all__ = ["Place", "fingerprint", "is_shippable", "labels_folder", "place_of", "reopen", "scratch_of", "shippable"]
+__all__ = [
+    "Place",
+    "fingerprint",
+    "in_batches",
+    "is_shippable",
+    "labels_folder",
+    "place_of",
+    "reopen",
+    "scratch_of",
+    "shippable",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +161,30 @@ def reopen(job: Job, place: Place, restart: bool) -> str:
             "to discard it."
         )
     return str(record["id"])
+
+
+def in_batches(job: Job, executor: Executor) -> Job:
+    """The job with the batch that its GPUs compute in: as the run began, else as fits the one with least free memory.
+
+    Parameters
+    ----------
+    job : Job
+        Its run has been opened, see `reopen`.
+    executor : Executor
+    """
+    if job.segmenter is not None or job.device == "cpu":
+        return job
+    record = job.store.read_json("run.json") or {}
+    if "batch" not in record:
+        free = [n_bytes for n_bytes in executor.ask(free_memory) if n_bytes is not None]
+        record["batch"] = fitting_batch(job.model, min(free, default=0))
+        job.store.write_json("run.json", record)
+        logger.info(
+            "the network computes %d tiles at once: of the GPUs that work, %.1f GiB are free on the fullest.",
+            record["batch"],
+            min(free, default=0) / 2**30,
+        )
+    return dataclasses.replace(job, labeller=dataclasses.replace(job.model, batch=record["batch"]))
 
 
 def _described(job: Job, plan: LabelsPlan | None) -> dict[str, Any]:

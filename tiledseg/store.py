@@ -2,11 +2,12 @@
 
 Layout of the scratch folder, the only home of these names::
 
-    run.json                 settings, image and model of the run
+    run.json                 settings, image and model of the run, and the batch on GPUs
     survey.json              percentiles, diameter, foreground summary
     totals.json              what all calls have cost
     survey.zarr/...          samples and foreground statistics per region, map of the normalisation
     flows.zarr               pieces of the flows chunks
+    shortage.json            tiles that were computed in halved batches
     masks-<digest>/          one folder per set of mask settings
         labels.zarr          local labels of every padded block
         objects.zarr, ...    see masks.py, stitch.py, publish.py

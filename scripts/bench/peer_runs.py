@@ -66,8 +66,10 @@ def contrib(job: dict[str, Any]) -> None:
     import distributed_segmentation
     import zarr
 
+    # Several processes on one GPU would take turns, each with a network of its own.
+    n_workers = 1 if job["gpu"] else job["cores"]
     cluster = distributed.LocalCluster(
-        n_workers=job["cores"], threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0"
+        n_workers=n_workers, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0"
     )
     with cluster, distributed.Client(cluster) as client:
         cluster.client = client
@@ -76,7 +78,7 @@ def contrib(job: dict[str, Any]) -> None:
             input_zarr=zarr.open(job["zarr"], mode="r"),
             blocksize=(job["block"], job["block"]),
             write_path=job["result"],
-            model_kwargs={"gpu": False, "pretrained_model": job["weights"]},
+            model_kwargs={"gpu": job["gpu"], "pretrained_model": job["weights"]},
             eval_kwargs=eval_options(job),
             cluster=cluster,
         )

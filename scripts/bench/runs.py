@@ -38,6 +38,8 @@ class Bench:
         The same for all.
     pythons : mapping of str to Path or None
         Interpreter of each peer's environment, None if there is none.
+    gpu : bool
+        Whether contrib may use one.
     """
 
     example: Example
@@ -45,6 +47,7 @@ class Bench:
     block: int
     cores: int
     pythons: Mapping[str, Path | None]
+    gpu: bool = False
 
 
 def prepare(bench: Bench) -> None:
@@ -130,6 +133,7 @@ def run_peer(bench: Bench, peer: str, python: Path) -> tuple[Measured, Any]:
         "percentiles": [float(value) for value in np.percentile(image, (1, 99))],
         "block": bench.block,
         "cores": bench.cores,
+        "gpu": bench.gpu,
     }
     file = folder / f"{peer}.json"
     file.write_text(json.dumps(job))

@@ -152,6 +152,8 @@ class Model:
         For a first guess of the diameter.
     precision : str
         ``"float32"`` or ``"bfloat16"``: what the network computes in.
+    batch : int or None
+        Tiles that a GPU computes at once, the same throughout a run; None where nobody has chosen.
     """
 
     name: str
@@ -165,6 +167,7 @@ class Model:
     stride: int
     size: SizeModel | None = None
     precision: str = "float32"
+    batch: int | None = None
 
 
 def model_folder() -> Path:

@@ -2,7 +2,7 @@
 
 On a CPU the batch is one tile and torch uses one thread per call: another batch size or thread
 count changes last bits, and one thread per tile with several tiles at once is also the fastest.
-Tiles run in parallel because tasks do.
+Tiles run in parallel because tasks do. Of batches on a GPU see `batches`.
 """
 
 from __future__ import annotations
@@ -12,25 +12,35 @@ import functools
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..gpu import GPU
 from ..malloc import keep_freed_memory
 from ..meters import busy, metered
+from .batches import Passes
 from .models import Model
 from .transformer import transformer_of
 from .unet import prepare_to_predict, read_state, unet_of
 
-__all__ = ["Network", "computes_in_bfloat16", "load_network", "precision_of", "torch_threads_kept"]
+__all__ = [
+    "Network",
+    "computes_in_bfloat16",
+    "forget_networks",
+    "load_network",
+    "precision_of",
+    "torch_threads_kept",
+]
 
 Tiles = npt.NDArray[np.float32]
 
 BATCH = {"cpu": 1, "cuda": 8}
+"""Tiles, where the run has not chosen: on a CPU always, on a GPU for a forecast."""
+NATIVE_BFLOAT16 = (8, 0)
+"""CUDA's number for the first GPUs that compute in bfloat16; older ones do it by detours."""
 
 
 class Network:
@@ -46,20 +56,24 @@ class Network:
 
     def __init__(self, model: Model, device: str) -> None:
         self._device = device
-        self._how: dict[str, Any] = {"dtype": torch.bfloat16 if model.precision == "bfloat16" else torch.float32}
+        how: dict[str, Any] = {"dtype": torch.bfloat16 if model.precision == "bfloat16" else torch.float32}
         if model.architecture == "unet":
             net = unet_of(read_state(model.path), model.path).eval()
             prepare_to_predict(net)
-            self._how["memory_format"] = torch.channels_last
+            how["memory_format"] = torch.channels_last
         else:
             net = transformer_of(model).eval()
-        self._net: Any = net.to(device, **self._how)
         if device == "cpu":
             keep_freed_memory()
-        self.batch = BATCH[device]
+        self.batch = model.batch or BATCH[device]
         self._gpu = _name_of_gpu() if device == "cuda" else None
-        # One forward pass at a time on a GPU: tasks overlap by reading while another computes.
-        self._lock: contextlib.AbstractContextManager[Any] = GPU if device == "cuda" else contextlib.nullcontext()
+        self._passes = Passes(net, device, how, self.batch, (model.n_channels, model.tile, model.tile))
+
+    @property
+    def shortage(self) -> tuple[int, bool] | None:
+        """Tiles that go through at once for want of memory, and whether they are exact; None if all of a batch do."""
+        at_once = self._passes.at_once
+        return None if at_once == self.batch else (at_once, self._passes.is_exact)
 
     @metered("network")
     def predict(self, tiles: Tiles) -> tuple[Tiles, Tiles]:
@@ -77,20 +91,27 @@ class Network:
         styles : array of float32, shape (n, n_style)
             Style vectors of unit length; transformers have none that means anything.
         """
-        outputs, styles = [], []
-        for batch, n in self._batches(tiles):
-            if self._device == "cpu" and torch.get_num_threads() != 1:
-                torch.set_num_threads(1)
-            with contextlib.ExitStack() as until_results_are_here:
-                with self._lock, torch.inference_mode():
-                    # A GPU works on after it was told what to do.
-                    until_results_are_here.enter_context(busy(self._gpu))
-                    output, style = self._net(batch.to(self._device, **self._how))[:2]
-                outputs.append(output[:n].float().cpu().numpy())
-                styles.append(style[:n].float().cpu().numpy())
-        result = np.concatenate(outputs)
-        result[:, :-1] /= 5.0  # the networks are trained on five times the unit flow
-        return result, np.concatenate(styles)
+        return self.start(tiles)()
+
+    @metered("network")
+    def start(self, tiles: Tiles) -> Callable[[], tuple[Tiles, Tiles]]:
+        """Start what `predict` does; returns what waits for it. A GPU computes meanwhile, a CPU does so at once."""
+        if self._device == "cpu" and torch.get_num_threads() != 1:
+            torch.set_num_threads(1)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(busy(self._gpu))
+            begun = [(self._passes.begin(batch), n) for batch, n in self._batches(tiles)]
+            until_results_are_here = stack.pop_all()
+
+        @metered("network")
+        def finish() -> tuple[Tiles, Tiles]:
+            with until_results_are_here:
+                found = [[values[:n].numpy() for values in results()] for results, n in begun]
+            output, styles = (np.concatenate(of) for of in zip(*found, strict=True))
+            output[:, :-1] /= 5.0  # the networks are trained on five times the unit flow
+            return output, styles
+
+        return finish
 
     def _batches(self, tiles: Tiles) -> Iterator[tuple[torch.Tensor, int]]:
         """Batches of the fixed size, the last filled up with zeros, and how many tiles are real."""
@@ -124,8 +145,20 @@ def _load(model: Model, device: str) -> Network:
     return Network(model, device)
 
 
-def computes_in_bfloat16() -> bool:
-    """Whether torch says that this CPU has instructions for bfloat16; older versions of torch do not say."""
+def forget_networks() -> None:
+    """Let go of the networks that were loaded, and of what a GPU keeps for them."""
+    with _loading:
+        _load.cache_clear()
+        torch.cuda.empty_cache()  # does nothing without a GPU
+
+
+def computes_in_bfloat16(device: str = "cpu") -> bool | None:
+    """Whether torch says that this process's CPU or GPU has instructions for bfloat16; older versions do not say.
+
+    None where there is no such device.
+    """
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= NATIVE_BFLOAT16 if torch.cuda.is_available() else None
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -139,16 +172,15 @@ def precision_of(model: Model, device: str, has_bfloat16: bool) -> str:
     device : str
         ``"cpu"`` or ``"cuda"``.
     has_bfloat16 : bool
-        Whether every CPU that works has instructions for it, see `computes_in_bfloat16`.
+        Whether every CPU or GPU that works has instructions for it, see `computes_in_bfloat16`.
 
     Returns
     -------
     precision : str
-        ``"bfloat16"`` for transformers on a GPU: they are trained in it, and twice as fast. For U-Nets on such CPUs:
+        ``"bfloat16"`` on such GPUs: transformers are trained in it, and GPUs are made for it. For U-Nets on such CPUs:
         there it is 1.6 to 2.1 times as fast, and finds the same cells. ``"float32"`` otherwise.
     """
-    is_unet = model.architecture == "unet"
-    is_half = has_bfloat16 if is_unet and device == "cpu" else not is_unet and device == "cuda"
+    is_half = has_bfloat16 and (device == "cuda" or model.architecture == "unet")
     return "bfloat16" if is_half else "float32"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
+from .attention import fuse_attention
 from .models import Model
 from .states import load_state
 
@@ -17,7 +18,7 @@ NOT_WEIGHTS = {"diam_mean", "diam_labels"}
 
 
 def transformer_of(model: Model) -> Any:
-    """The network of a model file of Cellpose 4, in float32.
+    """The network of a model file of Cellpose 4, in float32; cpsam without its matrix of scores.
 
     Raises
     ------
@@ -32,6 +33,8 @@ def transformer_of(model: Model) -> Any:
             f"model file {model.path} does not fit the network {model.architecture} of the installed Cellpose: "
             f"{len(wrong)} layers are missing or unknown, among them {wrong[0]}."
         )
+    if model.architecture == "cpsam":
+        fuse_attention(net)
     return net
 
 
