@@ -335,6 +335,7 @@ def _local_client(workers: int | None, device: str) -> Iterator[Any]:
 
     devices = _devices(workers, device)
     options = {
+        "host": "127.0.0.1",  # else workers would listen on every network this machine is in
         "nthreads": max(1, n_cores() // len(devices)),
         "memory_limit": 0,  # blocks bound the memory; a limit guessed here would kill workers instead
         "dashboard": False,
