@@ -16,6 +16,7 @@ ROWS = [
         "batch.config",
         "cores",
         "shapes",
+        "tls",
         "foreground",
         "lerp",
         "malloc",
@@ -53,7 +54,7 @@ ROWS = [
 HOMES = {
     "numba": {"dynamics", "heat", "lerp", "objects", "particles"},
     "cloudpickle": {"segmenters"},
-    "distributed": {"cluster", "batch.supervisor"},
+    "distributed": {"cluster", "batch.supervisor", "tls"},
     "tifffile": {"images.from_tiff"},
     "torch": {
         "gpu",

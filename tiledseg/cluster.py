@@ -23,6 +23,7 @@ from .cores import CORES
 from .errors import ClusterError, DeviceError, SettingsError, TiledsegError
 from .malloc import give_back_freed_memory
 from .store import as_output_error
+from .tls import require_certificates
 
 __all__ = ["Crew", "Executor", "connect", "crew_of", "n_cores", "peak_memory", "resolve_device"]
 
@@ -364,6 +365,7 @@ def _remote_client(address: str) -> Iterator[Any]:
     is_file = "://" not in address and (address.endswith(".json") or Path(address).exists())
     if is_file and not Path(address).exists():
         raise ClusterError(f"scheduler file {address} does not exist; give the file the scheduler wrote.")
+    require_certificates(address)
     try:
         where = {"scheduler_file": address} if is_file else {"address": address}
         client = Client(**where, timeout="15s", set_as_default=False)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ClusterError, SettingsError
+from ..tls import are_configured
 from .config import ClusterConfig, parse_seconds
 from .scripts import SCHEDULER_FILE, TLS_FOLDER, tls_environment
 from .systems import System
@@ -172,15 +173,11 @@ def require_tls(config: ClusterConfig) -> None:
                 "to encrypt what the jobs say to each other a package is missing: pip install 'tiledseg[cluster]', or "
                 'set security = "none" under [cluster] where nobody else can reach the machines.'
             ) from error
-    if config.cluster.security == "dask":
-        from distributed import Security
-
-        configured: Any = Security()
-        if not configured.tls_ca_file:
-            raise SettingsError(
-                'security = "dask" needs the certificates in Dask\'s configuration, distributed.comm.tls, or in '
-                "DASK_DISTRIBUTED__COMM__TLS__CA_FILE and the like; name them there, or leave security out."
-            )
+    if config.cluster.security == "dask" and not are_configured():
+        raise SettingsError(
+            'security = "dask" needs the certificates in Dask\'s configuration, distributed.comm.tls, or in '
+            "DASK_DISTRIBUTED__COMM__TLS__CA_FILE and the like; name them there, or leave security out."
+        )
 
 
 class _Client:
