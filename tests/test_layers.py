@@ -54,7 +54,7 @@ ROWS = [
 HOMES = {
     "numba": {"dynamics", "heat", "lerp", "objects", "particles"},
     "cloudpickle": {"segmenters"},
-    "distributed": {"cluster", "batch.supervisor", "tls"},
+    "distributed": {"cluster", "batch.supervisor"},
     "tifffile": {"images.from_tiff"},
     "torch": {
         "gpu",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from .errors import ClusterError
 
@@ -13,10 +12,9 @@ __all__ = ["are_configured", "require_certificates"]
 
 def are_configured() -> bool:
     """Whether Dask's configuration or environment names an authority to trust."""
-    from distributed import Security
+    import dask
 
-    security: Any = Security()
-    return bool(security.tls_ca_file)
+    return bool(dask.config.get("distributed.comm.tls.ca-file", None))
 
 
 def require_certificates(scheduler: str) -> None:
