@@ -105,6 +105,23 @@ def _parser() -> argparse.ArgumentParser:
     segment.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     segment.add_argument("--axes", metavar="AXES", help="axes of an array that does not say them, e.g. cyx")
 
+    cluster = _add(commands, "cluster", _cluster, "segment with the workers of a batch system")
+    cluster.set_defaults(if_interrupted="; the same command again continues")
+    cluster.add_argument(
+        "system", choices=("slurm", "lsf", "pbs", "local"), help="where jobs go; local: processes of this machine"
+    )
+    cluster.add_argument("-c", "--config", metavar="TOML", required=True, help="what jobs to ask for")
+    cluster.add_argument("--here", action="store_true", help="submit the workers alone, and wait for the run here")
+    cluster.add_argument("--as-job", action="store_true", help=argparse.SUPPRESS)
+    cluster.add_argument("--dry-run", action="store_true", help="print the job scripts, and stop")
+    cluster.add_argument("--folder", metavar="DIR", help="for scripts and output of jobs (default: beside the labels)")
+    cluster.add_argument(
+        "arguments",
+        nargs=argparse.PARSER,
+        metavar="segment ...",
+        help="the run, as without a cluster",
+    )
+
     info = _add(commands, "info", _info, "show axes, shape, levels and what segment would do")
     info.add_argument("image", metavar="IMAGE")
     info.add_argument("--axes", metavar="AXES", help="axes of an array that does not say them")
@@ -246,6 +263,24 @@ def _segment(options: argparse.Namespace) -> int:
     return _show(facts, options.json, _summary_text)
 
 
+def _cluster(options: argparse.Namespace) -> int:
+    words = tuple(word for i, word in enumerate(options.arguments) if i or word != "--")
+    run = _parser().parse_args(words)
+    if run.command is not _segment or run.scheduler or run.workers is not None or run.dry_run:
+        raise SettingsError("a cluster runs 'segment IMAGE ...' without --scheduler, --workers and --dry-run.")
+    from .batch import folder_of, submission_of
+
+    folder = options.folder or folder_of(run.image, run.output, run.scratch, run.axes, _settings_of(run))
+    submission = submission_of(options.system, Path(options.config), Path(folder), words)
+    if options.dry_run:
+        return _show(submission.scripts(), options.json, _scripts_text)
+    if options.as_job:
+        return submission.run_as_job()
+    if options.here or options.system == "local":
+        return submission.run_here()
+    return _show(submission.submit(), options.json, lambda facts: [f"{k:<12} {v}" for k, v in facts.items()])
+
+
 def _info(options: argparse.Namespace) -> int:
     from .images import open_image
     from .pipeline import preview
@@ -337,6 +372,11 @@ def _show(facts: dict[str, Any], as_json: bool, text: Any) -> int:
         for line in text(facts):
             print(line)
     return 0
+
+
+def _scripts_text(facts: dict[str, Any]) -> list[str]:
+    """Scripts one after another."""
+    return [line for script, text in facts.items() for line in (f"==> {script} <==", *text.splitlines(), "")]
 
 
 def _models_text(facts: dict[str, Any]) -> list[str]:

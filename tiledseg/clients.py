@@ -15,6 +15,7 @@ from typing import Any
 from .claims import VARIABLE
 from .errors import ClusterError, SettingsError
 from .machine import n_cores, usable_gpus
+from .tls import require_certificates
 
 __all__ = ["CPU", "GPU", "Process", "certificates", "client_of", "local_client", "local_processes", "remote_client"]
 
@@ -170,6 +171,8 @@ def remote_client(address: str, security: Any = None) -> Iterator[Any]:
     is_file = "://" not in address and (address.endswith(".json") or Path(address).exists())
     if is_file and not Path(address).exists():
         raise ClusterError(f"scheduler file {address} does not exist; give the file the scheduler wrote.")
+    if security is None:
+        require_certificates(address)
     try:
         where = {"scheduler_file": address} if is_file else {"address": address}
         client = Client(**where, security=security, timeout=CONNECT_TIMEOUT, set_as_default=False)
