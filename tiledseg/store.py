@@ -30,7 +30,8 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,9 @@ from .lock import LOCK
 from .waiting import is_stored, patiently
 
 __all__ = ["DiskStore", "MemoryStore", "Store", "as_output_error", "disk_errors"]
+
+SYNCED_AT_ONCE = 16
+"""Files."""
 
 Array = Any
 """A zarr or numpy array: both are read and written by slices."""
@@ -62,6 +66,9 @@ class Store(Protocol):
 
     def save(self, name: str, values: npt.NDArray[Any]) -> None:
         """Store a small array whole."""
+
+    def save_all(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Store small arrays, each whole."""
 
     def load(self, name: str) -> npt.NDArray[Any]:
         """A small array stored whole."""
@@ -117,6 +124,10 @@ class MemoryStore:
     def save(self, name: str, values: npt.NDArray[Any]) -> None:
         """Store a small array whole."""
         self._arrays[name] = values
+
+    def save_all(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Store small arrays, each whole."""
+        self._arrays.update(arrays)
 
     def load(self, name: str) -> npt.NDArray[Any]:
         """A small array stored whole."""
@@ -245,6 +256,12 @@ class DiskStore:
     def save(self, name: str, values: npt.NDArray[Any]) -> None:
         """Store a small array whole; it is there completely or not at all."""
         self._write(self.path / f"{name}.npy", lambda file: np.save(file, values, allow_pickle=False))
+
+    def save_all(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Store small arrays, each whole."""
+        # At once, for a disk that is asked by several threads to sync does it for all of them together.
+        with ThreadPoolExecutor(min(len(arrays), SYNCED_AT_ONCE) or 1, "tiledseg-files") as pool:
+            list(pool.map(self.save, arrays.keys(), arrays.values()))
 
     def load(self, name: str) -> npt.NDArray[Any]:
         """A small array stored whole."""
