@@ -251,7 +251,7 @@ class DiskStore:
 
         with self._whole(f"{name}/zarr.json"):
             store = self._array(name, is_full=to_read)
-            return zarr.open_array(store, mode="r+", config={"write_empty_chunks": True})
+            return zarr.open_array(store, mode="r+").with_config({"write_empty_chunks": True})
 
     def save(self, name: str, values: npt.NDArray[Any]) -> None:
         """Store a small array whole; it is there completely or not at all."""
