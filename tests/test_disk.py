@@ -183,7 +183,7 @@ def test_chunks_of_zeros_are_stored_and_one_that_is_not_is_missed(tmp_path: Path
     assert array[:, :4].sum() == 5
     with pytest.raises(ScratchError, match=r"array/c/1/2 of the scratch .* \(.*c/1/2 is missing\)"):
         array[3, 4]
-    with pytest.raises(ScratchError, match="other/zarr.json of the scratch"):
+    with pytest.raises(ScratchError, match=r"other/zarr\.json of the scratch"):
         store.open("other")[0]
 
 
