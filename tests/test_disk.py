@@ -170,6 +170,23 @@ def test_a_damaged_file_is_named_also_from_another_process(tmp_path: Path) -> No
     assert str(sent).endswith("); run the same command again with --restart.")
 
 
+def test_chunks_of_zeros_are_stored_and_one_that_is_not_is_missed(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    store.create("array", (4, 5), (2, 2), "uint8", codec="zstd")
+    store.open("array")[:3] = 0
+    array = store.open("array")
+    assert not array[:4].any()
+    array[0, 0] = 5
+    assert store.open("array")[0, 0] == 5
+    assert (array.shape, sum(path.is_file() for path in (tmp_path / "array" / "c").rglob("*"))) == ((4, 5), 6)
+    (tmp_path / "array" / "c" / "1" / "2").unlink()
+    assert array[:, :4].sum() == 5
+    with pytest.raises(ScratchError, match=r"array/c/1/2 of the scratch .* \(.*c/1/2 is missing\)"):
+        array[3, 4]
+    with pytest.raises(ScratchError, match=r"other/zarr\.json of the scratch"):
+        store.open("other")[0]
+
+
 def test_a_mark_is_taken_back(tmp_path: Path) -> None:
     store = DiskStore(tmp_path)
     store.mark("stage", [1, 2, 30])

@@ -102,8 +102,8 @@ def match_block(position: int, job: Job) -> dict[str, Any]:
         pairs, agreed = process_block(low, high, _cores(shared, block.core, other.core), number)
         found.append(pairs)
         counts += agreed
-    job.store.save(f"{job.labels}/pairs/{position}", np.concatenate(found))
-    job.store.save(f"{job.labels}/agreement/{position}", counts)
+    results = {"pairs": np.concatenate(found), "agreement": counts}
+    job.store.save_all({f"{job.labels}/{name}/{position}": values for name, values in results.items()})
     return {"peak": peak_memory()}
 
 
@@ -168,10 +168,10 @@ def merge_blocks(store: Store, folder: str, grid: BlockGrid, limits: tuple[int, 
         if limit is not None:
             first[limit.exclude(slab)] = -1
         ids = numbering.take(first)
-        for position in slab:
-            here = offsets[position : position + 2] - offsets[start]
-            store.save(f"{folder}/ids/{position}", ids[slice(*here)])
-            picture.add(position, ids[slice(*here)])
+        parts = np.split(ids, offsets[start + 1 : start + per_slab] - offsets[start])
+        store.save_all({f"{folder}/ids/{position}": part for position, part in zip(slab, parts, strict=True)})
+        for position, part in zip(slab, parts, strict=True):
+            picture.add(position, part)
     store.save(f"{folder}/{PICTURE}", picture.counts)
     n_pairs, n_exact, sum_iou, n_seam, n_seam_linked = counts.tolist()
     return {

@@ -32,7 +32,8 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,10 +44,13 @@ from .disk import DRAFTS, make_folders, make_home, sweep, sync_folder, write_who
 from .errors import OutputError, ScratchError
 from .images.damage import BAD_FILE, failing_chunks
 from .lock import LOCK
-from .meters import metered
+from .meters import carried, metered
 from .waiting import is_stored, patiently
 
 __all__ = ["DiskStore", "MemoryStore", "Store", "as_output_error", "disk_errors"]
+
+SYNCED_AT_ONCE = 16
+"""Files."""
 
 Array = Any
 """A zarr or numpy array: both are read and written by slices."""
@@ -65,6 +69,9 @@ class Store(Protocol):
 
     def save(self, name: str, values: npt.NDArray[Any]) -> None:
         """Store a small array whole."""
+
+    def save_all(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Store small arrays, each whole."""
 
     def load(self, name: str) -> npt.NDArray[Any]:
         """A small array stored whole."""
@@ -120,6 +127,10 @@ class MemoryStore:
     def save(self, name: str, values: npt.NDArray[Any]) -> None:
         """Store a small array whole."""
         self._arrays[name] = values
+
+    def save_all(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Store small arrays, each whole."""
+        self._arrays.update(arrays)
 
     def load(self, name: str) -> npt.NDArray[Any]:
         """A small array stored whole."""
@@ -243,12 +254,18 @@ class DiskStore:
 
         with self._whole(f"{name}/zarr.json"):
             store = self._array(name, is_full=to_read)
-            return zarr.open_array(store, mode="r+", config={"write_empty_chunks": True})
+            return zarr.open_array(store, mode="r+").with_config({"write_empty_chunks": True})
 
     @metered("write")
     def save(self, name: str, values: npt.NDArray[Any]) -> None:
         """Store a small array whole; it is there completely or not at all."""
         self._write(self.path / f"{name}.npy", lambda file: np.save(file, values, allow_pickle=False))
+
+    def save_all(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Store small arrays, each whole."""
+        # At once, for a disk that is asked by several threads to sync does it for all of them together.
+        with ThreadPoolExecutor(min(len(arrays), SYNCED_AT_ONCE) or 1, "tiledseg-files") as pool:
+            list(pool.map(carried(self.save), arrays.keys(), arrays.values()))
 
     @metered("read")
     def load(self, name: str) -> npt.NDArray[Any]:
