@@ -29,7 +29,7 @@ ROWS = [
     {"gpu"},
     {"config", "grid", "dynamics", "seams", "progress", "slides", "volumes", "scoring", "pictures"},
     {"images.image", "store", "omezarr.groups", "normalisation"},
-    {"links", "tasks"},
+    {"links", "tasks", "workers"},
     {"images.assembly", "images.view", "omezarr.writer"},
     {"images.from_zarr", "images.from_tiff"},
     {"images"},
