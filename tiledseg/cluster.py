@@ -89,12 +89,15 @@ class _Call:
 
     function: Function
     args: tuple[Any, ...]
+    uses_gpu: bool
     claims: bool
 
     def __call__(self, item: Item) -> Any:
         from distributed import get_worker
 
         CORES.resize(int(get_worker().state.nthreads))
+        if self.uses_gpu:
+            bind()
         with claimed() if self.claims else contextlib.nullcontext():
             return _run_task(self.function, item, *self.args)
 
@@ -315,7 +318,9 @@ class _DaskPool:
     def submit(self, tasks: Tasks, items: Sequence[Item]) -> Sequence[Any]:
         """Begin some items."""
         keys = [(f"{tasks.name}-{self._stream}", next(self._numbers)) for _ in items]
-        call = _Call(tasks.function, tasks.args, tasks.claims)
+        # Where workers say how many tasks a GPU is for, that counts.
+        claims = tasks.claims and self._workers.resource(tasks.kind) is None
+        call = _Call(tasks.function, tasks.args, tasks.claims, claims)
         options = self._workers.options(tasks.kind)
         futures = self._client.map(call, list(items), key=keys, pure=False, **options)
         self._live.update({future.key: (future, tasks.kind) for future in futures})

@@ -63,7 +63,7 @@ class Tasks:
     kind : str
         ``"network"`` for tasks that go to GPU workers where there are such, else ``"cpu"``.
     claims : bool
-        Whether a task uses a GPU and must have it to itself.
+        Whether a task uses a GPU, which it must have to itself where workers do not say how many it takes.
     where : callable
         An item as a piece of the image, for messages.
     begin : callable
