@@ -222,7 +222,8 @@ class _ThreadPool:
 
     def ended(self) -> Iterator[tuple[Future[Any], BaseException | None, Any]]:
         """Wait until something ends."""
-        for future in wait(self._live, return_when=FIRST_COMPLETED).done:
+        done = wait(self._live, return_when=FIRST_COMPLETED).done
+        for future in [future for future in self._live if future in done]:
             del self._live[future]
             error = future.exception()
             yield future, error, None if error else future.result()
