@@ -266,9 +266,9 @@ def test_of_mixed_workers_those_with_a_gpu_do_the_network(
     slide: Slide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = tmp_path / "slide.ome.zarr"
-    pixels = slide[0][:400, :400]
+    pixels = slide[0][:200, :500]
     write_image(image, pixels, axes="yx", spacing_um=(0.5, 0.5), chunk=256)
-    settings = {"diameter": 6.0, "block": 100}
+    settings = {"diameter": 8.0, "block": 100}
     with workers({"resources": {"GPU": 1}}, {}) as client:
         executor = DaskExecutor(client)
         executor.device("auto")
@@ -279,12 +279,12 @@ def test_of_mixed_workers_those_with_a_gpu_do_the_network(
         found = tiledseg.segment(image, tmp_path / "out.zarr", client=client, **settings)
         assert client.status == "running"
         reference = tiledseg.segment(pixels, **settings)
-        assert found.report.n_objects == reference.report.n_objects > 50
+        assert found.report.n_objects == reference.report.n_objects > 30
         assert np.array_equal(found.labels.compute(), reference.labels.compute())
         assert found.report.seconds_at_once > 0, "masks did not begin before the flows had ended"
         monkeypatch.setattr(cluster, "_device_of_worker", kind_by_name)
         plain = DaskExecutor(client)
-        plain._who.resource = lambda _: None  # type: ignore[method-assign]
+        plain._workers.resource = lambda _: None  # type: ignore[method-assign]
         with pytest.raises(DeviceError, match=r"start those that have one with --resources GPU=1 and the others with"):
             plain.device("auto")
 

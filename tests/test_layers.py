@@ -34,7 +34,7 @@ ROWS = [
     {"config", "grid", "dynamics", "seams", "progress", "slides", "volumes", "scoring", "pictures"},
     {"images.image", "store", "omezarr.groups", "normalisation"},
     {"ledger"},
-    {"links", "tasks"},
+    {"links", "tasks", "workers"},
     {"images.assembly", "images.view", "omezarr.writer"},
     {"images.from_zarr", "images.from_tiff"},
     {"images"},

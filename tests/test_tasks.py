@@ -75,6 +75,7 @@ def test_what_always_goes_wrong_is_named_when_all_else_is_done() -> None:
         "done without them is done and kept, and the same command tries them again."
     )
     assert [piece.piece for piece in caught.value.pieces] == ["block 7", "block 14"]
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert executor.troubles.quarantined == list(caught.value.pieces)
 
 

@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .claims import bind, claimed
-from .clients import CPU, GPU, client_of, local_client, local_processes, remote_client
+from .clients import GPU, client_of, local_client, local_processes, remote_client
 from .cores import CORES
 from .errors import ClusterError, DeviceError, SettingsError
 from .machine import machine_memory, n_cores, peak_memory, resolve_device
 from .malloc import give_back_freed_memory
 from .meters import Totals, measured
 from .tasks import Item, Pool, Tasks, Troubles, run_tasks
+from .workers import Workers, has_slots
 
 __all__ = ["Crew", "Executor", "connect", "crew_of", "n_cores", "peak_memory", "resolve_device"]
 
@@ -41,8 +42,6 @@ IN_FLIGHT_PER_THREAD = 3
 NETWORK_AT_ONCE = 3
 """Tasks in this process that share its GPU: one computes while others read and write."""
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "inproc"}
-KNOWN_FOR_S = 1.0
-"""How long what the scheduler said of its workers is taken to hold."""
 POLL_S = 0.1
 SILENT_S = 60.0
 """Without a worker for what is to be done for so long, it is said aloud."""
@@ -86,17 +85,20 @@ def _run_task(function: Function, item: Item, *args: Any) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class _OnWorker:
+class _Call:
     """The same on a Dask worker, whose threads are the cores; sent once for many items."""
 
     function: Function
     args: tuple[Any, ...]
+    uses_gpu: bool
     claims: bool
 
     def __call__(self, item: Item) -> Any:
         from distributed import get_worker
 
         CORES.resize(int(get_worker().state.nthreads))
+        if self.uses_gpu:
+            bind()
         with claimed() if self.claims else contextlib.nullcontext():
             return _run_task(self.function, item, *self.args)
 
@@ -187,7 +189,7 @@ class ThreadExecutor(_Streams):
 
     def _pool(self) -> Pool:
         CORES.resize(self.n_threads)
-        return _Threads(self.n_threads, NETWORK_AT_ONCE if self._has_gpu else 0)
+        return _ThreadPool(self.n_threads, NETWORK_AT_ONCE if self._has_gpu else 0)
 
     def device(self, wanted: str) -> str:
         """The kind of device the network will run on."""
@@ -200,7 +202,7 @@ class ThreadExecutor(_Streams):
         return [function()]
 
 
-class _Threads:
+class _ThreadPool:
     """Does tasks in threads; those of the network in some of their own, if so many are given."""
 
     def __init__(self, n_threads: int, n_network: int) -> None:
@@ -228,7 +230,8 @@ class _Threads:
 
     def ended(self) -> Iterator[tuple[Future[Any], BaseException | None, Any]]:
         """Wait until something ends."""
-        for future in wait(self._live, return_when=FIRST_COMPLETED).done:
+        done = wait(self._live, return_when=FIRST_COMPLETED).done
+        for future in [future for future in self._live if future in done]:
             del self._live[future]
             error = future.exception()
             yield future, error, None if error else future.result()
@@ -260,11 +263,11 @@ class DaskExecutor(_Streams):
         super().__init__()
         self.client = client
         self.has_dashboard = has_dashboard
-        self._who = _Who(client)
-        workers = self._who.workers.values()
+        self._workers = Workers(client)
+        workers = self._workers.now.values()
         threads = sum(int(worker["nthreads"]) for worker in workers)
         self.description = f"{len(workers)} workers, {threads} threads"
-        if n_gpu := sum(_has(worker, GPU) > 0 for worker in workers):
+        if n_gpu := sum(has_slots(worker, GPU) > 0 for worker in workers):
             self.description += f", {n_gpu} for the network"
 
     @property
@@ -278,7 +281,7 @@ class DaskExecutor(_Streams):
     @property
     def crew(self) -> Crew:
         """Who works, now."""
-        workers = self._who.workers.values()
+        workers = self._workers.now.values()
         threads = [int(worker["nthreads"]) for worker in workers]
         limits = [int(worker["memory_limit"]) for worker in workers if worker["memory_limit"]]
         are_here = all(worker["host"] in LOOPBACK for worker in workers)
@@ -287,16 +290,16 @@ class DaskExecutor(_Streams):
             max(threads, default=1),
             min(limits, default=None),
             machine_memory() if are_here else None,
-            n_network=len(self._who.addresses("network")) if self._who.resource("network") else 0,
+            n_network=len(self._workers.addresses("network")) if self._workers.resource("network") else 0,
         )
 
     def _pool(self) -> Pool:
-        return _Workers(self.client, self._who)
+        return _DaskPool(self.client, self._workers)
 
     def device(self, wanted: str) -> str:
         """The kind of device the network will run on, the same on every worker that it goes to."""
-        self._who.is_on_any = wanted == "cpu"
-        addresses = self._who.addresses("network")
+        self._workers.is_on_any = wanted == "cpu"
+        addresses = self._workers.addresses("network")
         if not addresses:
             raise ClusterError("the cluster has no workers for the network; start some and try again.")
         kinds = set(self.client.run(_device_of_worker, wanted, workers=addresses).values())
@@ -310,84 +313,16 @@ class DaskExecutor(_Streams):
 
     def ask(self, function: Callable[[], Any]) -> list[Any]:
         """What a function says in every process that works for the network now."""
-        return list(self.client.run(function, workers=self._who.addresses("network")).values())
+        return list(self.client.run(function, workers=self._workers.addresses("network")).values())
 
 
-def _has(worker: dict[str, Any], resource: str) -> int:
-    """How many tasks at once a worker takes by one of its resources."""
-    return min(int(worker["nthreads"]), int(worker.get("resources", {}).get(resource, 0)))
-
-
-class _Who:
-    """Which workers there are, and which of them take tasks of a kind."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-        self._asked_at = -KNOWN_FOR_S
-        self._workers: dict[str, Any] = {}
-        self._had_gpus = False
-        self.is_on_any = False
-        """Whether the network was sent to the CPU, of which every worker has one."""
-
-    @property
-    def workers(self) -> dict[str, Any]:
-        """What the scheduler says of each by its address."""
-        if time.monotonic() - self._asked_at >= KNOWN_FOR_S:
-            # What a lost scheduler means for the tasks in flight, these say themselves.
-            with contextlib.suppress(OSError):
-                self._workers = self._client.scheduler_info(n_workers=-1)["workers"]
-            self._asked_at = time.monotonic()
-            # A run that began on GPUs waits for another one when the last is lost: bits depend on the device.
-            self._had_gpus |= any(_has(worker, GPU) for worker in self._workers.values())
-        return self._workers
-
-    def resource(self, kind: str) -> str | None:
-        """The resource that tasks of a kind need; None if they go to any worker."""
-        workers = self.workers.values()
-        if kind == "network":
-            return GPU if self._had_gpus and not self.is_on_any else None
-        return CPU if any(_has(worker, CPU) for worker in workers) else None
-
-    def addresses(self, kind: str) -> list[str]:
-        """Workers that take tasks of a kind."""
-        needed = self.resource(kind)
-        if needed is not None:
-            return [address for address, worker in self.workers.items() if _has(worker, needed)]
-        if kind == "network":
-            return list(self.workers)
-        # Others than those of the network, if there are any that say nothing.
-        free = [address for address, worker in self.workers.items() if not _has(worker, GPU)]
-        return free or list(self.workers)
-
-    def slots(self, kind: str) -> int:
-        """Tasks of a kind that can be at work at once."""
-        needed, workers = self.resource(kind), self.workers
-        if needed is not None:
-            return sum(_has(worker, needed) for worker in workers.values())
-        return sum(int(workers[address]["nthreads"]) for address in self.addresses(kind))
-
-    def share(self, kind: str) -> frozenset[str]:
-        """Those who take tasks of a kind, to tell whether two kinds are done by the same."""
-        return frozenset(self.addresses(kind))
-
-    def options(self, kind: str) -> dict[str, Any]:
-        """What `distributed.Client.map` is told to send tasks of a kind there."""
-        needed = self.resource(kind)
-        if needed is not None:
-            return {"resources": {needed: 1}}
-        addresses = self.addresses(kind)
-        if len(addresses) == len(self.workers):
-            return {}
-        return {"workers": addresses, "allow_other_workers": True}
-
-
-class _Workers:
+class _DaskPool:
     """Does tasks on Dask's workers."""
 
-    def __init__(self, client: Any, who: _Who) -> None:
+    def __init__(self, client: Any, workers: Workers) -> None:
         from distributed import as_completed
 
-        self._client, self._who = client, who
+        self._client, self._workers = client, workers
         self._stream, self._numbers = uuid.uuid4().hex[:8], itertools.count()
         self._live: dict[Any, tuple[Any, str]] = {}
         self._ended = as_completed(loop=client.loop, with_results=True, raise_errors=False)
@@ -396,15 +331,17 @@ class _Workers:
     def room(self, kind: str) -> int:
         """How many tasks of a kind may be added now."""
         n_live = Counter(of for _, of in self._live.values())
-        same = self._who.share(kind)
-        n_here = sum(n for of, n in n_live.items() if of == kind or self._who.share(of) == same)
-        return max(1, IN_FLIGHT_PER_THREAD * self._who.slots(kind)) - n_here
+        same = self._workers.share(kind)
+        n_here = sum(n for of, n in n_live.items() if of == kind or self._workers.share(of) == same)
+        return max(1, IN_FLIGHT_PER_THREAD * self._workers.slots(kind)) - n_here
 
     def submit(self, tasks: Tasks, items: Sequence[Item]) -> Sequence[Any]:
         """Begin some items."""
         keys = [(f"{tasks.name}-{self._stream}", next(self._numbers)) for _ in items]
-        call = _OnWorker(tasks.function, tasks.args, tasks.claims)
-        options = self._who.options(tasks.kind)
+        # Where workers say how many tasks a GPU is for, that counts.
+        claims = tasks.claims and self._workers.resource(tasks.kind) is None
+        call = _Call(tasks.function, tasks.args, tasks.claims, claims)
+        options = self._workers.options(tasks.kind)
         futures = self._client.map(call, list(items), key=keys, pure=False, **options)
         self._live.update({future.key: (future, tasks.kind) for future in futures})
         self._ended.update(futures)
@@ -426,7 +363,7 @@ class _Workers:
 
     def _look_for_workers(self) -> None:
         """Say it when nobody is there for long who could do what is in flight."""
-        lacking = [kind for kind in {kind for _, kind in self._live.values()} if not self._who.slots(kind)]
+        lacking = [kind for kind in {kind for _, kind in self._live.values()} if not self._workers.slots(kind)]
         if not lacking:
             self._lacks_since = None
             return
@@ -434,7 +371,7 @@ class _Workers:
         if self._lacks_since is None:
             self._lacks_since = now
         elif now - self._lacks_since > SILENT_S:
-            needed = self._who.resource(lacking[0])
+            needed = self._workers.resource(lacking[0])
             what = f"with {needed} among its resources " if needed else ""
             logger.warning("no worker %sis left; waiting until one comes.", what)
             self._lacks_since = float("inf")

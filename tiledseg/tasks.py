@@ -64,7 +64,7 @@ class Tasks:
     kind : str
         ``"network"`` for tasks that go to GPU workers where there are such, else ``"cpu"``.
     claims : bool
-        Whether a task uses a GPU and must have it to itself.
+        Whether a task uses a GPU, which it must have to itself where workers do not say how many it takes.
     where : callable
         An item as a piece of the image, for messages.
     begin : callable
@@ -172,6 +172,7 @@ class _Failures:
         self.suspects: deque[tuple[Tasks, Item]] = deque()
         self.quarantined: list[Quarantined] = []
         self.fatal: BaseException | None = None
+        self._first: BaseException | None = None
 
     def take(self, tasks: Tasks, item: Item, error: BaseException) -> None:
         """Judge a failure."""
@@ -191,7 +192,8 @@ class _Failures:
         said = str(error).strip().splitlines()[:1]
         reason = "workers die at it" if how == "died" else ": ".join([type(error).__name__, *said])
         piece = Quarantined(tasks.name, tasks.where(item), reason)
-        logger.warning("set aside: %s.", piece, exc_info=None if how == "died" else error)
+        logger.warning("set aside: %s.", piece)
+        self._first = self._first or error
         self.quarantined.append(piece)
         self._troubles.quarantined.append(piece)
 
@@ -205,7 +207,7 @@ class _Failures:
         if self.fatal is not None:
             raise self.fatal
         if self.quarantined:
-            raise QuarantineError(_sentence(self.quarantined), tuple(self.quarantined))
+            raise QuarantineError(_sentence(self.quarantined), tuple(self.quarantined)) from self._first
 
 
 def _sentence(pieces: Sequence[Quarantined]) -> str:
