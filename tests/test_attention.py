@@ -12,16 +12,16 @@ import torch
 from tiledseg.networks.attention import PositionedAttention, fuse_attention
 
 
-def small_cpsam(monkeypatch: pytest.MonkeyPatch, depth: int) -> tuple[Any, Any]:
-    """Cellpose's network with few of its 24 layers and random weights, and the same with our attention."""
+def small_cpsam(monkeypatch: pytest.MonkeyPatch, depth: int, n_heads: int = 16) -> tuple[Any, Any]:
+    """Cellpose's network with few of its 24 layers, or heads, and random weights; and the same with our attention."""
     from cellpose import vit
     from segment_anything.modeling.image_encoder import ImageEncoderViT
 
     torch.manual_seed(0)
     encoder = ImageEncoderViT(
         depth=depth,
-        embed_dim=1024,
-        num_heads=16,
+        embed_dim=64 * n_heads,
+        num_heads=n_heads,
         norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
         use_rel_pos=True,
         window_size=14,
@@ -41,7 +41,7 @@ def small_cpsam(monkeypatch: pytest.MonkeyPatch, depth: int) -> tuple[Any, Any]:
 
 def test_cpsam_gives_what_it_gives_in_cellpose(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers: positions of windows are stored for other distances than those of the whole."""
-    theirs, ours = small_cpsam(monkeypatch, depth=2)
+    theirs, ours = small_cpsam(monkeypatch, depth=2, n_heads=4)
     assert {len(block.attn.rel_pos_h) for block in theirs.encoder.blocks} == {27, 127}
     tiles = torch.randn(1, 3, 256, 256)
     with torch.inference_mode():

@@ -170,7 +170,7 @@ def test_whole(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_torch_threads")
 def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU: with one layer of cpsam, and nothing that is judged but the outputs."""
+    """On the CPU: with one narrow layer of cpsam, and nothing that is judged but the outputs."""
     from cellpose import vit
 
     monkeypatch.setattr(vit, "sam_model_registry", vit.sam_model_registry)  # the script changes it

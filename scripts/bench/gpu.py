@@ -100,10 +100,10 @@ class Counted(torch.nn.Module):
 
 
 def random_cpsam(folder: Path, device: str, n_layers: int | None) -> Bare:
-    """cpsam with random weights that sees no cells; of few layers if so many are given.
+    """cpsam with random weights that sees no cells; with a number of layers, with so many of a quarter the width.
 
-    The class of Cellpose takes its encoder from a registry: with fewer layers it is changed for this process, so that
-    the model file is read as such a network.
+    The class of Cellpose takes its encoder from a registry, which is then changed for this process, so that the model
+    file is read as such a network.
     """
     from cellpose import vit
 
@@ -114,7 +114,7 @@ def random_cpsam(folder: Path, device: str, n_layers: int | None) -> Bare:
             norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
             made = torch.nn.Module()
             made.image_encoder = ImageEncoderViT(
-                depth=n_layers, embed_dim=1024, num_heads=16, norm_layer=norm, use_rel_pos=True, window_size=14
+                depth=n_layers, embed_dim=256, num_heads=4, norm_layer=norm, use_rel_pos=True, window_size=14
             )
             return made
 

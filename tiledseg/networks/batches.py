@@ -4,14 +4,15 @@ Bits. Libraries choose how to compute by the shape of what they are given, so a 
 tiles a batch has. A batch therefore has one shape throughout a run: chosen once, for the smallest GPU, and
 recorded with the run. On a GPU nothing is tried out to find what is fastest, only deterministic kernels are taken, and
 products of float32 are computed in float32 and not in TF32, whatever this process has set. What remains: two models
-of GPU, or two versions of torch, may differ in last bits.
+of GPU, or two versions of torch, may differ in last bits; and rather than fail for want of memory cuDNN may take
+a kernel that needs less, and not say so: half of what is free is left to it.
 
 Memory. The first pass reserves what all others need, so that others cannot take it. If memory is short all the same,
 what torch keeps unused is given back and the pass is tried again as it is: that changes nothing. Only then is
 the batch halved, for as long as the process lives, and some tiles that were computed before are computed again in
-halves: if they come out the same to the last bit, so does all else. If not, or if the whole batch never fitted, the
-tiles that follow are counted as inexact: the same cells, but some outlines may differ by a pixel from those of a run
-that had the memory.
+halves: kernels are chosen by shapes and not by values, so if these come out the same to the last bit, all do. If not,
+or if the whole batch never fitted, the tiles that follow are counted as inexact: the same cells, but some outlines
+may differ by a pixel from those of a run that had the memory.
 """
 
 from __future__ import annotations
@@ -188,7 +189,8 @@ class Passes:
         self.at_once //= 2
         done, found = _tried(lambda: self._queue(self._sample)()) if self._whole else (False, [])
         self.is_exact = done and all(map(torch.equal, found, self._whole))
-        logger.warning(shortage_text(self.at_once, self.is_exact))
+        # Whoever hands out the work warns, see `flows.run`: a worker's warnings are seldom read.
+        logger.info(shortage_text(self.at_once, self.is_exact))
 
 
 def shortage_text(at_once: int, is_exact: bool) -> str:
