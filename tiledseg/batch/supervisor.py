@@ -49,6 +49,7 @@ class _Kind:
     ids: set[str] = field(default_factory=set)
     joined: set[str] = field(default_factory=set)
     n_failed: int = 0
+    hopeless: str | None = None
 
 
 class Workers:
@@ -74,7 +75,7 @@ class Workers:
             left = self._system.alive(f"{self._name}-{kind}")
             if left:
                 logger.info("%s jobs of an earlier attempt are cancelled: %s.", kind, _listed(left))
-                self._system.cancel(left)
+                self._system.cancel(set(left))
 
     def note(self, names: Iterable[str]) -> bool:
         """Take down which workers the scheduler has; whether of every kind one has come so far."""
@@ -102,6 +103,11 @@ class Workers:
                 if not known.ids:
                     raise
                 logger.warning("%s jobs stay as they are for now: %s", kind, error)
+            if known.hopeless:
+                raise ClusterError(
+                    f"jobs of kind {kind!r} would wait for ever ({known.hopeless}); change the cluster file and submit "
+                    "again."
+                )
             if known.n_failed >= TRIES:
                 raise ClusterError(
                     f"{known.n_failed} jobs of kind {kind!r} ended one after another before a worker had come; see "
@@ -112,13 +118,17 @@ class Workers:
         """Cancel all."""
         for kind, known in self._kinds.items():
             with contextlib.suppress(ClusterError):
-                known.ids |= self._system.alive(f"{self._name}-{kind}")
+                known.ids |= self._system.alive(f"{self._name}-{kind}").keys()
             with contextlib.suppress(ClusterError):
                 self._system.cancel(known.ids)
 
     def _look(self, kind: str, known: _Kind) -> None:
         """Ask the queue which jobs are left."""
-        gone = known.ids - self._system.alive(f"{self._name}-{kind}") if known.ids else set()
+        if not known.ids:
+            return
+        there = self._system.alive(f"{self._name}-{kind}")
+        known.hopeless = next((why for why in there.values() if why in self._system.hopeless), None)
+        gone = known.ids - there.keys()
         if gone:
             logger.info("%s jobs are over or lost and are replaced: %s.", kind, _listed(gone))
             known.ids -= gone
@@ -305,5 +315,5 @@ def _stopped_by_a_signal() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _listed(ids: set[str]) -> str:
+def _listed(ids: Iterable[str]) -> str:
     return ", ".join(sorted(ids))
