@@ -117,6 +117,10 @@ def test_job_scripts_of_the_example(tmp_path: Path, system: str, expected: list[
     assert not [line for line in gpu[first:] if line.startswith(("#S", "#B", "#P"))]
 
 
+def test_the_example_without_a_batch_system_is_a_script_of_bash() -> None:
+    subprocess.run(["bash", "-n", str(EXAMPLES / "scheduler-file.sh")], check=True)
+
+
 def test_workers_with_a_gpu_do_all_where_there_are_no_others(tmp_path: Path) -> None:
     found = scripts("slurm", tmp_path, "[workers.gpu]\ngpus = 2\ncores = 8")
     assert "--nthreads 4 --resources 'GPU=1 CPU=4'" in found["gpu.sh"]
