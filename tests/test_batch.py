@@ -18,6 +18,7 @@ import zarr
 import tiledseg
 from tiledseg.batch import submission_of
 from tiledseg.batch.config import parse_bytes, parse_seconds, read_config
+from tiledseg.batch.scheduler import scheduler_of
 from tiledseg.batch.scripts import lifetime_of
 from tiledseg.batch.supervisor import TRIES, Workers
 from tiledseg.batch.systems import SYSTEMS, system_of
@@ -216,6 +217,31 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.slow
+def test_workers_leave_by_themselves_and_others_come(tmp_path: Path) -> None:
+    (tmp_path / "cluster.toml").write_text("[workers.cpu]\nwalltime = '15s'")
+    (tmp_path / "logs").mkdir()
+    submission = submission_of("local", tmp_path / "cluster.toml", tmp_path, ("segment",))
+    (tmp_path / "cpu.sh").write_text(submission.scripts()["cpu.sh"])
+    workers = Workers(submission.system, submission.config, tmp_path, submission.name)
+    came: set[str] = set()
+
+    def have_two_come() -> bool:
+        workers.replace()
+        came.update(str(worker["name"]) for worker in list(cluster.scheduler_info["workers"].values()))
+        workers.note(came)
+        return len(came) == 2
+
+    with scheduler_of(submission.system, submission.config, tmp_path) as cluster:
+        try:
+            wait_for(have_two_come)
+        finally:
+            workers.cancel()
+    first, second = sorted(tmp_path.glob("logs/cpu-*.log"), key=lambda log: log.stat().st_mtime)
+    assert "Closing worker gracefully" in first.read_text()
+    assert "Closing worker gracefully" not in second.read_text()
 
 
 @pytest.mark.slow

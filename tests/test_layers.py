@@ -27,8 +27,8 @@ ROWS = [
     },
     {"objects", "particles", "networks.unet", "batch.systems"},
     {"heat", "batch.scripts"},
-    {"gpu", "batch.supervisor"},
-    {"config", "grid", "dynamics", "seams", "progress", "slides", "volumes", "scoring", "pictures"},
+    {"gpu", "batch.scheduler"},
+    {"batch.supervisor", "config", "grid", "dynamics", "seams", "progress", "slides", "volumes", "scoring", "pictures"},
     {"images.image", "store", "omezarr.groups", "normalisation"},
     {"links"},
     {"images.assembly", "images.view", "omezarr.writer"},
@@ -54,7 +54,7 @@ ROWS = [
 HOMES = {
     "numba": {"dynamics", "heat", "lerp", "objects", "particles"},
     "cloudpickle": {"segmenters"},
-    "distributed": {"cluster", "batch.supervisor"},
+    "distributed": {"cluster", "batch.scheduler"},
     "tifffile": {"images.from_tiff"},
     "torch": {
         "gpu",

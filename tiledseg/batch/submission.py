@@ -18,8 +18,9 @@ from ..errors import ClusterError, OutputError, SettingsError
 from ..images import open_image
 from ..runs import place_of
 from .config import ClusterConfig, read_config
+from .scheduler import require_tls
 from .scripts import run_script, worker_script
-from .supervisor import CONTINUED, require_tls, supervise
+from .supervisor import CONTINUED, supervise
 from .systems import System, system_of
 
 __all__ = ["Submission", "folder_of", "submission_of"]
