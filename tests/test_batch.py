@@ -196,7 +196,7 @@ def test_jobs_that_end_at_once_are_not_submitted_for_ever(tmp_path: Path) -> Non
     assert (tmp_path / "started").read_text().count("started") == TRIES
 
 
-def wait_for(what: Callable[[], Any], timeout_s: float = 120) -> Any:
+def wait_for(what: Callable[[], Any], timeout_s: float = 300) -> Any:
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         found = what()

@@ -69,7 +69,7 @@ def jobs(name: str = "") -> dict[str, str]:
     return {job: node for job, of, node in found if of.endswith(name)}
 
 
-def wait_for(what: Callable[[], Any], timeout_s: float = 120) -> Any:
+def wait_for(what: Callable[[], Any], timeout_s: float = 300) -> Any:
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         found = what()
