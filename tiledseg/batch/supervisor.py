@@ -49,6 +49,7 @@ class _Kind:
     joined: set[str] = field(default_factory=set)
     n_failed: int = 0
     hopeless: str | None = None
+    waits: list[str] = field(default_factory=list)
 
 
 class Workers:
@@ -127,6 +128,10 @@ class Workers:
             return
         there = self._system.alive(f"{self._name}-{kind}")
         known.hopeless = next((why for why in there.values() if why in self._system.hopeless), None)
+        waits = sorted({why for why in there.values() if why not in ("", "None")})
+        if waits and waits != known.waits:
+            logger.info("%s jobs wait: %s.", kind, ", ".join(waits))
+        known.waits = waits
         gone = known.ids - there.keys()
         if gone:
             logger.info("%s jobs are over or lost and are replaced: %s.", kind, _listed(gone))
