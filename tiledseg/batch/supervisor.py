@@ -100,7 +100,7 @@ class Workers:
                     known.ids.add(self._system.submit(self._folder / f"{kind}.sh", f"{self._name}-{kind}"))
             except ClusterError as error:
                 # A queue that is out of order or full for a while costs workers and not the run.
-                if not known.ids:
+                if not known.ids and not known.joined:
                     raise
                 logger.warning("%s jobs stay as they are for now: %s", kind, error)
             if known.hopeless:
