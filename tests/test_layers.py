@@ -30,8 +30,8 @@ ROWS = [
     },
     {"machine", "objects", "particles", "networks.unet", "networks.attention", "batch.systems"},
     {"clients", "heat", "batch.scripts"},
-    {"gpu", "batch.supervisor"},
-    {"config", "grid", "dynamics", "seams", "progress", "slides", "volumes", "scoring", "pictures"},
+    {"gpu", "batch.scheduler"},
+    {"batch.supervisor", "config", "grid", "dynamics", "seams", "progress", "slides", "volumes", "scoring", "pictures"},
     {"images.image", "store", "omezarr.groups", "normalisation"},
     {"ledger"},
     {"links", "tasks", "workers"},
@@ -60,7 +60,7 @@ ROWS = [
 HOMES = {
     "numba": {"dynamics", "heat", "lerp", "objects", "particles"},
     "cloudpickle": {"segmenters"},
-    "distributed": {"clients", "cluster", "machine", "batch.supervisor"},
+    "distributed": {"clients", "cluster", "machine", "batch.scheduler"},
     "tifffile": {"images.from_tiff"},
     "torch": {
         "gpu",

@@ -108,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     cluster = _add(commands, "cluster", _cluster, "segment with the workers of a batch system")
     cluster.set_defaults(if_interrupted="; the same command again continues")
     cluster.add_argument(
-        "system", choices=("slurm", "lsf", "pbs", "local"), help="where jobs go; local: processes of this machine"
+        "system",
+        choices=("slurm", "lsf", "pbs", "local"),
+        help="where jobs go (lsf and pbs follow the manuals and have not been tried; local: processes of this machine)",
     )
     cluster.add_argument("-c", "--config", metavar="TOML", required=True, help="what jobs to ask for")
     cluster.add_argument("--here", action="store_true", help="submit the workers alone, and wait for the run here")

@@ -42,7 +42,7 @@ def require_certificates(scheduler: str) -> None:
             ) from error
     if address.startswith("tls://") and not are_configured():
         raise ClusterError(
-            f"the scheduler at {address} wants certificates and none are configured; name them in "
+            f"no Dask scheduler answers at {scheduler} without certificates, and none are configured; name them in "
             "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and "
             "DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY, or in Dask's configuration."
         )

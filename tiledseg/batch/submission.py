@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from ..errors import ClusterError, OutputError, SettingsError
 from ..images import open_image
 from ..runs import place_of
 from .config import ClusterConfig, read_config
+from .scheduler import require_tls
 from .scripts import run_script, worker_script
-from .supervisor import CONTINUED, require_tls, supervise
+from .supervisor import CONTINUED, supervise
 from .systems import System, system_of
 
 __all__ = ["Submission", "folder_of", "submission_of"]
@@ -26,6 +28,8 @@ __all__ = ["Submission", "folder_of", "submission_of"]
 logger = logging.getLogger(__name__)
 
 CONFIG, RECORD = "cluster.toml", "jobs.json"
+SETTLE_S = 4.0
+"""Given to a queue to say that it takes a job and will never start it."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,13 @@ class Submission:
         for script in self.scripts():
             self.system.check(self.folder / script)
         job = self.system.submit(self.folder / "run.sh", f"{self.name}-run")
+        reason = self._first_reason(job) if self.system.hopeless else ""
+        if reason in self.system.hopeless:
+            self.system.cancel({job})
+            raise ClusterError(
+                f"job {job} would wait for ever ({reason}) and was cancelled; change [run] of {self.config_path} and "
+                "submit again."
+            )
         self._record([job])
         return {"job": job, "name": self.name, "folder": str(self.folder), "output": str(self.folder / "logs")}
 
@@ -107,6 +118,14 @@ class Submission:
             self._record(jobs)
             logger.info("job %s goes on.", jobs[-1])
         return code
+
+    def _first_reason(self, job: str) -> str:
+        """What the job waits for, as soon as the queue says so."""
+        reason, until = "", time.monotonic() + SETTLE_S
+        while reason not in self.system.hopeless and time.monotonic() < until:
+            time.sleep(0.5)
+            reason = self.system.alive(f"{self.name}-run").get(job, "")
+        return reason
 
     def _refuse_twice(self) -> None:
         """Two jobs would cancel each other's workers."""

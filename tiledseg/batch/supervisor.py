@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,13 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ClusterError, SettingsError
-from ..tls import are_configured
+from ..errors import ClusterError
 from .config import ClusterConfig, parse_seconds
-from .scripts import SCHEDULER_FILE, TLS_FOLDER, tls_environment
+from .scheduler import scheduler_of
+from .scripts import SCHEDULER_FILE, tls_environment
 from .systems import System
 
-__all__ = ["CONTINUED", "Workers", "require_tls", "supervise"]
+__all__ = ["CONTINUED", "Workers", "supervise"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +48,8 @@ class _Kind:
     ids: set[str] = field(default_factory=set)
     joined: set[str] = field(default_factory=set)
     n_failed: int = 0
+    hopeless: str | None = None
+    waits: list[str] = field(default_factory=list)
 
 
 class Workers:
@@ -74,7 +75,7 @@ class Workers:
             left = self._system.alive(f"{self._name}-{kind}")
             if left:
                 logger.info("%s jobs of an earlier attempt are cancelled: %s.", kind, _listed(left))
-                self._system.cancel(left)
+                self._system.cancel(set(left))
 
     def note(self, names: Iterable[str]) -> bool:
         """Take down which workers the scheduler has; whether of every kind one has come so far."""
@@ -99,9 +100,14 @@ class Workers:
                     known.ids.add(self._system.submit(self._folder / f"{kind}.sh", f"{self._name}-{kind}"))
             except ClusterError as error:
                 # A queue that is out of order or full for a while costs workers and not the run.
-                if not known.ids:
+                if not known.ids and not known.joined:
                     raise
                 logger.warning("%s jobs stay as they are for now: %s", kind, error)
+            if known.hopeless:
+                raise ClusterError(
+                    f"jobs of kind {kind!r} would wait for ever ({known.hopeless}); change the cluster file and submit "
+                    "again."
+                )
             if known.n_failed >= TRIES:
                 raise ClusterError(
                     f"{known.n_failed} jobs of kind {kind!r} ended one after another before a worker had come; see "
@@ -112,13 +118,21 @@ class Workers:
         """Cancel all."""
         for kind, known in self._kinds.items():
             with contextlib.suppress(ClusterError):
-                known.ids |= self._system.alive(f"{self._name}-{kind}")
+                known.ids |= self._system.alive(f"{self._name}-{kind}").keys()
             with contextlib.suppress(ClusterError):
                 self._system.cancel(known.ids)
 
     def _look(self, kind: str, known: _Kind) -> None:
         """Ask the queue which jobs are left."""
-        gone = known.ids - self._system.alive(f"{self._name}-{kind}") if known.ids else set()
+        if not known.ids:
+            return
+        there = self._system.alive(f"{self._name}-{kind}")
+        known.hopeless = next((why for why in there.values() if why in self._system.hopeless), None)
+        waits = sorted({why for why in there.values() if why not in ("", "None")})
+        if waits and waits != known.waits:
+            logger.info("%s jobs wait: %s.", kind, ", ".join(waits))
+        known.waits = waits
+        gone = known.ids - there.keys()
         if gone:
             logger.info("%s jobs are over or lost and are replaced: %s.", kind, _listed(gone))
             known.ids -= gone
@@ -153,7 +167,7 @@ def supervise(system: System, config: ClusterConfig, folder: Path, name: str, ar
     workers = Workers(system, config, folder, name)
     workers.clear()
     command = [sys.executable, "-m", "tiledseg.cli", *arguments, "--scheduler", str(folder / SCHEDULER_FILE)]
-    with _stopped_by_a_signal(), _scheduler(system, config, folder) as cluster:
+    with _stopped_by_a_signal(), scheduler_of(system, config, folder) as cluster:
         environment = os.environ | (tls_environment(folder, "CLIENT") if config.cluster.security == "tls" else {})
         try:
             workers.replace()
@@ -161,23 +175,6 @@ def supervise(system: System, config: ClusterConfig, folder: Path, name: str, ar
                 return _watch(config, cluster, workers, client, deadline)
         finally:
             workers.cancel()
-
-
-def require_tls(config: ClusterConfig) -> None:
-    """Refuse settings of security that cannot work here."""
-    if config.cluster.security == "tls":
-        try:
-            import cryptography  # noqa: F401
-        except ImportError as error:
-            raise SettingsError(
-                "to encrypt what the jobs say to each other a package is missing: pip install 'tiledseg[cluster]', or "
-                'set security = "none" under [cluster] where nobody else can reach the machines.'
-            ) from error
-    if config.cluster.security == "dask" and not are_configured():
-        raise SettingsError(
-            'security = "dask" needs the certificates in Dask\'s configuration, distributed.comm.tls, or in '
-            "DASK_DISTRIBUTED__COMM__TLS__CA_FILE and the like; name them there, or leave security out."
-        )
 
 
 class _Client:
@@ -243,55 +240,6 @@ def _watch(config: ClusterConfig, cluster: Any, workers: Workers, client: _Clien
 
 
 @contextlib.contextmanager
-def _scheduler(system: System, config: ClusterConfig, folder: Path) -> Iterator[Any]:
-    """A scheduler in this process, without workers; its file and its certificate go with the context."""
-    from distributed import Scheduler, SpecCluster
-
-    scheduler_file, tls = folder / SCHEDULER_FILE, folder / TLS_FOLDER
-    where = {"host": system.host} if system.host else {"interface": config.cluster.interface}
-    options = {
-        **where,
-        "protocol": "tcp://" if config.cluster.security == "none" else "tls://",
-        "scheduler_file": str(scheduler_file),
-        "dashboard": False,
-        "dashboard_address": "127.0.0.1:0",
-    }
-    scheduler_file.unlink(missing_ok=True)
-    security = _security(config, tls)
-    spec = {"cls": Scheduler, "options": {**options, "security": security}}
-    try:
-        try:
-            cluster = SpecCluster(scheduler=spec, security=security, silence_logs=logging.CRITICAL)
-        except RuntimeError as error:
-            reason = str(error.__cause__.__cause__ if error.__cause__ else error)
-            raise ClusterError(f"the scheduler does not start: {reason}; see [cluster] of the cluster file.") from error
-        with cluster:
-            yield cluster
-    finally:
-        scheduler_file.unlink(missing_ok=True)
-        shutil.rmtree(tls, ignore_errors=True)
-
-
-def _security(config: ClusterConfig, folder: Path) -> Any:
-    """How connections are secured; a certificate of this run goes into a folder that nobody else may read."""
-    from distributed import Security
-
-    require_tls(config)
-    if config.cluster.security == "none":
-        logger.warning("security is 'none': whoever reaches the port of the scheduler can run code in your name.")
-        return Security()
-    if config.cluster.security == "dask":
-        return Security(require_encryption=True)
-    security = Security.temporary()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-    for name, text in (("cert.pem", security.tls_ca_file), ("key.pem", security.tls_scheduler_key)):
-        with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text)
-    return security
-
-
-@contextlib.contextmanager
 def _stopped_by_a_signal() -> Iterator[None]:
     """A batch system ends a job with SIGTERM: workers are then cancelled as well."""
 
@@ -305,5 +253,5 @@ def _stopped_by_a_signal() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _listed(ids: set[str]) -> str:
+def _listed(ids: Iterable[str]) -> str:
     return ", ".join(sorted(ids))

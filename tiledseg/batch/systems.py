@@ -25,6 +25,20 @@ PATIENCE_S = 60
 """A batch system that does not answer in this time is taken to be out of order."""
 
 
+NEVER_STARTS = frozenset(
+    {
+        "AssocMaxWallDurationPerJobLimit",
+        "BadConstraints",
+        "InvalidAccount",
+        "InvalidQOS",
+        "PartitionNodeLimit",
+        "PartitionTimeLimit",
+        "QOSMaxWallDurationPerJobLimit",
+    }
+)
+"""What SLURM lets a job wait for that will not come; sites may have it take such jobs without a word."""
+
+
 class System(Protocol):
     """Where jobs are given to."""
 
@@ -35,6 +49,10 @@ class System(Protocol):
     @property
     def job_id(self) -> str:
         """What a shell in a job finds its own id by."""
+
+    @property
+    def hopeless(self) -> frozenset[str]:
+        """What a job that will never start waits for."""
 
     @property
     def host(self) -> str | None:
@@ -52,8 +70,8 @@ class System(Protocol):
         The name is the one that its directives give.
         """
 
-    def alive(self, name: str) -> set[str]:
-        """Ids of jobs of this name that wait or run; a ClusterError if the system does not say."""
+    def alive(self, name: str) -> dict[str, str]:
+        """Jobs of this name that wait or run, and what each waits for; a ClusterError if the system does not say."""
 
     def cancel(self, ids: set[str]) -> None:
         """End jobs; those that are gone are no error."""
@@ -78,11 +96,13 @@ class CommandSystem:
     id_pattern : str
         Where the id is in what that prints.
     list_command : tuple of str
-        To which a name is added; prints an id a line.
+        To which a name is added; prints a line for each job, an id and what it waits for.
     nothing_found : str
         What listing says, with an error, when there are no such jobs; empty if it says nothing.
     cancel_command : tuple of str
         To which ids are added.
+    hopeless : frozenset of str
+        What a job that will never start waits for.
     host : None
     """
 
@@ -96,6 +116,7 @@ class CommandSystem:
     list_command: tuple[str, ...]
     nothing_found: str
     cancel_command: tuple[str, ...]
+    hopeless: frozenset[str] = frozenset()
     host: str | None = None
 
     def directives(self, name: str, job: JobConfig, log: Path) -> list[str]:
@@ -117,12 +138,13 @@ class CommandSystem:
             )
         return found[1]
 
-    def alive(self, name: str) -> set[str]:
-        """Ids of jobs of this name that wait or run."""
+    def alive(self, name: str) -> dict[str, str]:
+        """Jobs of this name that wait or run."""
         ended = self._run([*self.list_command, name])
         if ended.returncode and not (self.nothing_found and self.nothing_found in ended.stderr + ended.stdout):
             raise ClusterError(f"{self.list_command[0]} does not list jobs: {_last_line(ended)}.")
-        return set() if ended.returncode else set(ended.stdout.split())
+        jobs = [] if ended.returncode else [line.strip().partition(" ") for line in ended.stdout.splitlines()]
+        return {job: reason.strip() for job, _, reason in jobs if job}
 
     def cancel(self, ids: set[str]) -> None:
         """End jobs."""
@@ -206,6 +228,7 @@ class Here:
 
     name = "local"
     job_id = "$$"
+    hopeless: frozenset[str] = frozenset()
     host: str | None = "127.0.0.1"
 
     def __init__(self) -> None:
@@ -225,9 +248,9 @@ class Here:
         self._running[str(process.pid)] = (name, process)
         return str(process.pid)
 
-    def alive(self, name: str) -> set[str]:
+    def alive(self, name: str) -> dict[str, str]:
         """Processes started here that still run."""
-        return {pid for pid, (of, process) in self._running.items() if of == name and process.poll() is None}
+        return {pid: "" for pid, (of, process) in self._running.items() if of == name and process.poll() is None}
 
     def cancel(self, ids: set[str]) -> None:
         """End processes and all that they started; returns when they are gone."""
@@ -252,9 +275,10 @@ SYSTEMS: dict[str, Callable[[], System]] = {
         try_command=("sbatch", "--test-only"),
         submit_command=("sbatch", "--parsable"),
         id_pattern=r"^(\d+)",
-        list_command=("squeue", "--noheader", "--format=%A", "--name"),
+        list_command=("squeue", "--noheader", "--format=%A %r", "--name"),
         nothing_found="",
         cancel_command=("scancel",),
+        hopeless=NEVER_STARTS,
     ),
     "lsf": lambda: CommandSystem(
         name="LSF",
