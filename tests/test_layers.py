@@ -10,12 +10,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tiledseg"
 
 ROWS = [
-    {"errors", "images.damage", "images.units"},
+    {"errors", "images.units"},
     {
+        "addresses",
         "axes",
         "cores",
         "shapes",
         "foreground",
+        "images.damage",
         "lerp",
         "malloc",
         "overlaps",
@@ -23,8 +25,8 @@ ROWS = [
         "networks.size",
         "networks.states",
     },
-    {"objects", "particles", "networks.unet"},
-    {"heat"},
+    {"objects", "particles", "networks.unet", "patience"},
+    {"heat", "remote"},
     {"gpu"},
     {"config", "grid", "dynamics", "seams", "progress", "slides", "volumes", "scoring", "pictures"},
     {"images.image", "store", "omezarr.groups", "normalisation"},
@@ -50,6 +52,8 @@ ROWS = [
     {"cli"},
 ]
 HOMES = {
+    "boto3": {"remote"},
+    "obstore": {"patience", "remote"},
     "numba": {"dynamics", "heat", "lerp", "objects", "particles"},
     "cloudpickle": {"segmenters"},
     "distributed": {"cluster"},

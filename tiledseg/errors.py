@@ -10,6 +10,7 @@ __all__ = [
     "ImageError",
     "ModelError",
     "OutputError",
+    "RemoteError",
     "SegmenterError",
     "SettingsError",
     "TiledsegError",
@@ -38,6 +39,10 @@ class DeviceError(TiledsegError, RuntimeError):
 
 class OutputError(TiledsegError, OSError):
     """The result cannot be written where it was asked for."""
+
+
+class RemoteError(TiledsegError, RuntimeError):
+    """A remote store cannot be reached, refuses, or its address is none that can be used."""
 
 
 class SegmenterError(TiledsegError, RuntimeError):

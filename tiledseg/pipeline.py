@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .omezarr import labels_exist, level_array
 from .pictures import histogram
 from .preflight import Preflight
 from .progress import Listener, Progress
+from .remote import Location
 from .runs import Place, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
 from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
 from .store import DiskStore, MemoryStore
@@ -128,15 +130,15 @@ class Segmentation:
     Attributes
     ----------
     report : Report
-    path : Path or None
+    path : Path, RemotePath or None
         Folder of the published label image.
-    table_path : Path or None
-        The object table on disk.
+    table_path : Path, RemotePath or None
+        The object table, where it is stored.
     """
 
     report: Report
-    path: Path | None
-    table_path: Path | None
+    path: Location | None
+    table_path: Location | None
     _job: Job = dataclasses.field(repr=False)
 
     @functools.cached_property
@@ -160,7 +162,8 @@ class Segmentation:
             return publish.table_of(self._job)
         import pyarrow.parquet
 
-        return pyarrow.parquet.ParquetFile(self.table_path).read()
+        place = self.table_path
+        return pyarrow.parquet.ParquetFile(place if isinstance(place, Path) else BytesIO(place.read_bytes())).read()
 
 
 def segment(
@@ -181,12 +184,12 @@ def segment(
 
     Parameters
     ----------
-    image : path, zarr.Array, dask array or numpy array
-        OME-Zarr, Zarr or TIFF by path; axes ``yx`` or ``zyx``, also with c and t. Of a volume say how cells are sought:
+    image : path, address, zarr.Array, dask array or numpy array
+        OME-Zarr, Zarr or TIFF by path, the first two also by address (``s3://``, ``http://``, ``https://``); axes ``yx`` or ``zyx``, also with c and t. Of a volume say how cells are sought:
         ``do_3d=True``, or ``stitch_threshold``.
-    output : path, optional
-        OME-Zarr to hold the labels, as ``labels/<name>``. Default: the image itself if it is an
-        OME-Zarr that can be written; for arrays, none: labels stay in memory.
+    output : path or address, optional
+        OME-Zarr to hold the labels, as ``labels/<name>``, also on ``s3://``. Default: the image itself if it is
+        an OME-Zarr that can be written; for arrays, none: labels stay in memory.
     segmenter : callable, optional
         A function that finds the cells in place of the network, see Notes.
     client : distributed.Client or cluster, optional
@@ -197,7 +200,8 @@ def segment(
     workers : int, optional
         Number of processes to make here, also if it is one.
     scratch : path, optional
-        Folder for what is in between, reachable by all workers. Default: beside the output.
+        Folder for what is in between, reachable by all workers. Default: beside the output; of a remote one the
+        present folder, but a cluster that was given wants to be told.
     restart : bool
         Discard what an earlier run left there, with the labels it published.
     axes : str, optional
@@ -249,6 +253,8 @@ def segment(
     inputs, labeller = _labeller_of(opened, chosen, segmenter)
     place = place_of(opened, output, scratch, chosen)
     _check_geometry(labeller, chosen, opened)
+    if scratch is None:
+        _say_where_scratch_is(place, client is not None or scheduler is not None)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
     device = chosen.flows.device if segmenter is None else "cpu"
     told = Progress(progress)
@@ -269,6 +275,18 @@ def segment(
             logger.warning("this CPU does not compute in bfloat16: without --precision bfloat16 it is faster.")
         job = shippable(job, executor)
         return _run(job, preflight, run_id, executor, told, view.pixel)
+
+
+def _say_where_scratch_is(place: Place, is_elsewhere: bool) -> None:
+    """Where labels are remote, nothing is beside them: name the folder, or want one that workers reach as well."""
+    if place.plan is None or isinstance(place.plan.root, Path):
+        return
+    if is_elsewhere:
+        raise SettingsError(
+            f"labels go to {place.plan.root}, where workers cannot keep what is in between; give a folder that they all "
+            "reach (--scratch)."
+        )
+    logger.info("what is in between goes to %s, another place with --scratch.", place.scratch)
 
 
 def _run(

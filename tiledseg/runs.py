@@ -24,13 +24,15 @@ from typing import Any
 
 import numpy as np
 
+from .addresses import clean_address, is_remote
 from .cluster import Executor
 from .config import Settings, digest
-from .errors import OutputError, SettingsError
+from .errors import OutputError, RemoteError, SettingsError
 from .frames import image_region, label_axes, label_shape
 from .images import Image, MemorySource, open_image
 from .job import Job
 from .omezarr import LabelsPlan, create_labels, labels_exist, plan_labels, remove_labels
+from .remote import Location, RemotePath, location, zarr_store
 from .segmenters import APPLICABLE
 from .store import DiskStore, MemoryStore, Store
 
@@ -67,7 +69,7 @@ class Place:
     """Where a run writes."""
 
     plan: LabelsPlan | None
-    table: Path | None
+    table: Location | None
     scratch: Path | None
 
     @property
@@ -86,10 +88,22 @@ def place_of(image: Image, output: Any, scratch: Any, settings: Settings) -> Pla
             )
         return Place(None, None, None)
     name = settings.publish.name
-    plan = plan_labels(image, None if output is None else Path(output), name, settings.publish.ome_zarr)
-    parent = plan.root.parent if scratch is None else Path(scratch).absolute()
+    plan = plan_labels(image, None if output is None else location(output), name, settings.publish.ome_zarr)
+    parent = _parent_of_scratch(plan, scratch)
     folder = parent / f"{plan.root.name}.{name}.tiledseg"
     return Place(plan, plan.root / "tables" / name / "table.parquet", folder)
+
+
+def _parent_of_scratch(plan: LabelsPlan, scratch: Any) -> Path:
+    """The folder in which the scratch lies: as given, else that of the output, of a remote one the present."""
+    if scratch is None:
+        beside = plan.root.parent
+        return beside if isinstance(beside, Path) else Path.cwd()
+    if is_remote(scratch):
+        raise SettingsError(
+            f"the scratch cannot lie at {clean_address(str(scratch))}; give a folder that all workers reach (--scratch)."
+        )
+    return Path(scratch).absolute()
 
 
 @contextlib.contextmanager
@@ -132,6 +146,8 @@ def reopen(job: Job, place: Place, restart: bool) -> str:
         record = None
     now = _described(job, plan)
     if record is None:
+        if plan is not None and not isinstance(plan.root, Path):
+            _check_remote(plan.root)
         record = {"id": uuid.uuid4().hex, "settings": now}
         store.write_json("run.json", record)
     changed = [k for k in now if record["settings"].get(k) != now[k]]
@@ -142,6 +158,14 @@ def reopen(job: Job, place: Place, restart: bool) -> str:
             "to discard it."
         )
     return str(record["id"])
+
+
+def _check_remote(root: RemotePath) -> None:
+    """Refuse a remote store that cannot be written before anything is computed for it."""
+    try:
+        root.check_writable()
+    except RemoteError as error:
+        raise OutputError(f"labels cannot be written there: {error} Another place: -o.") from error
 
 
 def _described(job: Job, plan: LabelsPlan | None) -> dict[str, Any]:
@@ -174,7 +198,7 @@ def _owner(plan: LabelsPlan) -> str | None:
     if not plan.path.exists():
         return None
     try:
-        owner = zarr.open_group(plan.path, mode="r").attrs.get("tiledseg")
+        owner = zarr.open_group(zarr_store(plan.path), mode="r").attrs.get("tiledseg")
     except (OSError, ValueError, KeyError):
         return None
     return str(owner["run"]) if isinstance(owner, dict) and "run" in owner else None

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..axes import spatial_axes
-from ..errors import ImageError
+from ..errors import ImageError, TiledsegError
+from ..remote import Location, absent
 from .damage import BAD_FILE, failing_chunks, stored_keys, torn_chunks
 from .units import MICROMETERS
 
@@ -57,8 +57,8 @@ class Source(Protocol):
     def open(self, level: int, path: str) -> Any:
         """The array of one stored level, which can be sliced."""
 
-    def chunk_folder(self, path: str) -> Path | None:
-        """Folder of a level's chunks, None for what is no local Zarr."""
+    def chunk_folder(self, path: str) -> Location | None:
+        """Folder of a level's chunks, None for what is no stored Zarr."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Image:
     channels: tuple[str, ...]
     """Names, or ``"0"``, ``"1"``, ...; one if there is no channel axis."""
     source: Source
-    writable_group: Path | None = None
-    """Local OME-Zarr image that labels can be written into."""
+    writable_group: Location | None = None
+    """OME-Zarr image that labels can be written into."""
     zarr_format: int | None = None
     ome_version: str | None = None
 
@@ -151,6 +151,8 @@ class Image:
         ------
         ImageError
             If the region is outside the image, or a chunk it touches is corrupt.
+        RemoteError
+            If the store cannot be reached, or refuses.
         """
         bounds = self._bounds(level, region)
         array = self._array(level)
@@ -163,7 +165,7 @@ class Image:
             if hasattr(pixels, "__dask_graph__"):
                 pixels = pixels.compute(scheduler="threads")
         except BAD_FILE as error:
-            if not hasattr(array, "metadata"):
+            if isinstance(error, TiledsegError) or not hasattr(array, "metadata"):
                 raise
             failing = failing_chunks(array, selection)
             if not failing and isinstance(error, MemoryError):
@@ -186,15 +188,14 @@ class Image:
         Returns
         -------
         keys : list of str
-            Storage keys such as ``"0/c/1/2"`` (of shards, if there are any) of a Zarr on a local disk;
-            empty for other sources.
+            Storage keys such as ``"0/c/1/2"`` (of shards, if there are any) of a Zarr; empty for other sources.
         """
         bounds = self._bounds(level, region)
         folder = self._folder(level)
         if folder is None:
             return []
         keys = stored_keys(self._array(level), self._on_disk(level, bounds))
-        return [_join(self.levels[level].path, key) for key in keys if not (folder / key).is_file()]
+        return [_join(self.levels[level].path, key) for key in absent(folder, keys)]
 
     def describe(self) -> dict[str, Any]:
         """What is known about the image, ready for JSON."""
@@ -220,12 +221,12 @@ class Image:
         try:
             return self.source.open(self.levels[level].number, self.levels[level].path)
         except BAD_FILE as error:
-            if isinstance(error, ImageError):
+            if isinstance(error, TiledsegError):
                 raise
             raise ImageError(f"{self._where(level)} can no longer be opened: {error}.") from error
 
-    def _folder(self, level: int) -> Path | None:
-        """Folder of a level's chunks, None for what is no local Zarr."""
+    def _folder(self, level: int) -> Location | None:
+        """Folder of a level's chunks, None for what is no stored Zarr."""
         return self.source.chunk_folder(self.levels[level].path)
 
     def _where(self, level: int) -> str:

@@ -12,7 +12,6 @@ OME-Zarr 0.4 and 0.5, sections "multiscales" and "labels" metadata.
 from __future__ import annotations
 
 import re
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,14 @@ import numpy.typing as npt
 
 from ..errors import ImageError, OutputError, SettingsError
 from ..images import Image, open_image
+from ..remote import Location, location, remove_tree, zarr_store
 from .groups import (
     FORMATS,
     check_writable,
     chunk_shape,
     count_levels,
     create_array,
+    is_zarr,
     level_factors,
     level_shape,
     multiscales,
@@ -57,7 +58,7 @@ _CHUNK = 1024
 class LabelsPlan:
     """Where labels go, and how they are stored."""
 
-    root: Path
+    root: Location
     """Group that holds ``labels/``."""
     name: str
     version: str
@@ -77,7 +78,7 @@ class LabelsPlan:
     """Whether `root` is the image the labels were made from."""
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """Folder of the label image."""
         return self.root / "labels" / self.name
 
@@ -95,14 +96,14 @@ class LabelsPlan:
         return tuple(map(min, self.chunks, self.level_shape(level)))
 
 
-def plan_labels(image: Image, output: Path | None, name: str, version: str | None) -> LabelsPlan:
+def plan_labels(image: Image, output: Location | None, name: str, version: str | None) -> LabelsPlan:
     """Decide where labels go; writes nothing.
 
     Parameters
     ----------
     image : Image
         What was segmented.
-    output : path, optional
+    output : Path or RemotePath, optional
         Group to hold the labels, made if it is missing. None is the image itself.
     name : str
         Of the labels: letters, digits, ``-``, ``_`` and ``.``.
@@ -132,7 +133,7 @@ def plan_labels(image: Image, output: Path | None, name: str, version: str | Non
     if output is None and image.writable_group is None:
         raise OutputError(f"{image.name} is no OME-Zarr image that can hold labels; say where with -o OUT.zarr.")
     # Absolute: workers may run in another folder.
-    root = Path(output if output is not None else image.writable_group or "").absolute()
+    root = (output or image.writable_group or Path()).absolute()
     found, n_datasets = _container(root)
     if None not in (found, version) and found != version:
         raise SettingsError(f"{root} is OME-Zarr {found}, not {version}; leave out the version.")
@@ -153,7 +154,7 @@ def plan_labels(image: Image, output: Path | None, name: str, version: str | Non
         # The specification: as many levels as the image around the labels has.
         n_levels=n_datasets or count_levels(axes, shape, _CHUNK),
         chunks=chunk_shape(axes, shape, _CHUNK),
-        in_image=image.writable_group is not None and root.resolve() == Path(image.writable_group).resolve(),
+        in_image=image.writable_group is not None and root.resolve() == image.writable_group.resolve(),
     )
 
 
@@ -202,7 +203,7 @@ def create_labels(plan: LabelsPlan, *, attributes: dict[str, Any]) -> None:
         for path in (plan.root, plan.path):
             if open_group(path) is None:
                 own = attributes if path == plan.path else {}
-                zarr.create_group(path, zarr_format=zarr_format(plan.version), attributes=own)
+                zarr.create_group(zarr_store(path), zarr_format=zarr_format(plan.version), attributes=own)
         _must_open(plan.path).attrs.update(attributes)
         for level in range(plan.n_levels):
             _create_level(plan, level)
@@ -233,7 +234,7 @@ def level_array(plan: LabelsPlan, level: int) -> Any:
     import zarr
 
     try:
-        return zarr.open_array(plan.path / str(level), mode="r+", zarr_format=zarr_format(plan.version))
+        return zarr.open_array(zarr_store(plan.path / str(level)), mode="r+", zarr_format=zarr_format(plan.version))
     except (OSError, ValueError, KeyError) as error:
         raise OutputError(f"{plan.path}/{level} cannot be opened ({error}); start the run again.") from error
 
@@ -252,8 +253,9 @@ def finish_labels(plan: LabelsPlan) -> None:
     """
     import zarr
 
-    for leftover in [*plan.path.rglob("*.partial"), *plan.path.parent.glob("*.partial")]:
-        leftover.unlink(missing_ok=True)  # of writers that were killed
+    if isinstance(plan.path, Path):  # a remote store keeps nothing that is half written
+        for leftover in [*plan.path.rglob("*.partial"), *plan.path.parent.glob("*.partial")]:
+            leftover.unlink(missing_ok=True)  # of writers that were killed
     label_info: dict[str, Any] = {"source": {"image": "../../"}} if plan.in_image else {}
     if plan.version == "0.4":
         label_info["version"] = "0.4"
@@ -269,7 +271,7 @@ def finish_labels(plan: LabelsPlan) -> None:
     listed = _listed_labels(plan)
     if plan.name not in listed:
         if open_group(plan.root / "labels") is None:
-            zarr.create_group(plan.root / "labels", zarr_format=zarr_format(plan.version))
+            zarr.create_group(zarr_store(plan.root / "labels"), zarr_format=zarr_format(plan.version))
         update_ome(_must_open(plan.root / "labels"), plan.version, {"labels": [*listed, plan.name]})
     _refresh_consolidated(plan.root)
 
@@ -285,18 +287,15 @@ def remove_labels(plan: LabelsPlan) -> None:
     if plan.name in listed:
         left = [name for name in listed if name != plan.name]
         update_ome(_must_open(plan.root / "labels"), plan.version, {"labels": left})
-    if plan.path.is_symlink():
-        plan.path.unlink()
-    elif plan.path.exists():
-        shutil.rmtree(plan.path)
+    remove_tree(plan.path)
     folder = plan.root / "labels"
     metadata = {"zarr.json", ".zgroup", ".zattrs", ".zmetadata"}
     if folder.is_dir() and not _listed_labels(plan) and {child.name for child in folder.iterdir()} <= metadata:
-        shutil.rmtree(folder)  # a group that lists no labels would make the image around it invalid
+        remove_tree(folder)  # a group that lists no labels would make the image around it invalid
     _refresh_consolidated(plan.root)
 
 
-def _refresh_consolidated(root: Path) -> None:
+def _refresh_consolidated(root: Location) -> None:
     """Where a container keeps a copy of all metadata, make it tell of what has changed."""
     import zarr
 
@@ -306,14 +305,14 @@ def _refresh_consolidated(root: Path) -> None:
         # zarr warns that the copy is no part of the specification of Zarr 3; here it is there already.
         warnings.simplefilter("ignore", UserWarning)
         try:
-            zarr.open_consolidated(root)
+            zarr.open_consolidated(zarr_store(root))
         except (OSError, ValueError, KeyError):
             return
-        zarr.consolidate_metadata(root)
+        zarr.consolidate_metadata(zarr_store(root))
 
 
 def open_labels(path: str | Path) -> Any:
-    """A label image by path, as an array that can be sliced.
+    """A label image by path or address, as an array that can be sliced.
 
     Parameters
     ----------
@@ -330,13 +329,14 @@ def open_labels(path: str | Path) -> Any:
     ImageError
         If there is nothing there, or several label images to choose from.
     """
-    folder = Path(path)
-    group = open_group(folder / "labels") if folder.is_dir() else None
+    folder = location(path)
+    is_there = not isinstance(folder, Path) or folder.is_dir()
+    group = open_group(folder / "labels") if is_there else None
     listed = ome_attributes(group).get("labels", []) if group is not None else []
     names = [str(name) for name in listed] if isinstance(listed, list) else []
     if len(names) > 1:
         raise ImageError(f"{path} holds labels {', '.join(names)}; give one, as in {path}/labels/{names[0]}.")
-    return LevelZero(open_image(folder / "labels" / names[0] if names else path))
+    return LevelZero(open_image(str(folder / "labels" / names[0]) if names else path))
 
 
 class LevelZero:
@@ -378,7 +378,7 @@ def _listed_labels(plan: LabelsPlan) -> list[str]:
     return names
 
 
-def _must_open(path: Path) -> Any:
+def _must_open(path: Location) -> Any:
     """An existing group."""
     group = open_group(path)
     if group is None:
@@ -386,7 +386,7 @@ def _must_open(path: Path) -> Any:
     return group
 
 
-def _container(root: Path) -> tuple[str | None, int]:
+def _container(root: Location) -> tuple[str | None, int]:
     """OME-Zarr version that an existing container demands, and the levels if it is an image."""
     if not root.is_dir() or not any(root.iterdir()):
         return None, 0
@@ -403,7 +403,7 @@ def _create_level(plan: LabelsPlan, level: int) -> None:
     """Make one level, or check that what is there is the same."""
     path = plan.path / str(level)
     shape, chunks = plan.level_shape(level), plan.level_chunks(level)
-    if not any((path / name).exists() for name in ("zarr.json", ".zarray", ".zgroup")):
+    if not is_zarr(path):
         create_array(path, plan.version, plan.axes, shape, chunks, np.dtype(np.uint32), keep_empty=False)
         return
     found = level_array(plan, level)
