@@ -80,14 +80,15 @@ def split_address(address: str) -> tuple[str, str]:
     RemoteError
         If it is of another kind, names no bucket or server, or holds a user, a password or a query.
     """
-    shown = clean_address(address)
+    shown = clean_address(address.partition("?")[0])
     scheme, _, rest = address.partition("://")
     scheme = scheme.lower()
     if scheme not in ("s3", "http", "https"):
         raise RemoteError(f"{shown} cannot be opened: only s3://, http:// and https:// can; copy it to a local disk.")
-    is_clean = shown == address.partition("#")[0] if scheme != "s3" else shown == address
     host, _, key = rest.partition("/")
-    if not is_clean or "#" in host:
+    if "@" in host:
+        shown = f"{scheme}://..." if shown == address else shown
+    if shown != address or "#" in host:
         raise RemoteError(
             f"the address of {shown} holds a user, a password, a query or a fragment; leave it out: credentials "
             "come from the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID), a public store needs none."

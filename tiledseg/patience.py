@@ -1,8 +1,8 @@
 """Requests to a remote store: what is tried again and for how long, and what it says as a sentence.
 
-A store that was there may be away for a minute: connections that are refused or break, answers that do not
-come, and those that say that the server is at fault (5xx) or overloaded (429) are tried again, more and more
-seldom. One that never answered is given up after some seconds, since its address is most likely wrong.
+A store that was there may be away for a minute: when connections are refused or break, answers do not come, or
+say that the server is at fault (500, 502 to 504) or overloaded (429), it is asked again, more and more seldom.
+One that never answered is given up after some seconds, since its address is most likely wrong.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _reason(error: Exception) -> tuple[str, bool]:
     status = int(found[1] or found[2]) if found else 0
     if "certificate" in text and "HTTP error" in text:
         return "its certificate is not trusted", False
-    if status >= 500 or status in (408, 429):
+    if status in (408, 429, 500, 502, 503, 504):
         return f"the server answers with status {status}", True
     if status:
         return f"the server answers with status {status}", False

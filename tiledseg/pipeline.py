@@ -185,8 +185,9 @@ def segment(
     Parameters
     ----------
     image : path, address, zarr.Array, dask array or numpy array
-        OME-Zarr, Zarr or TIFF by path, the first two also by address (``s3://``, ``http://``, ``https://``); axes ``yx`` or ``zyx``, also with c and t. Of a volume say how cells are sought:
-        ``do_3d=True``, or ``stitch_threshold``.
+        OME-Zarr, Zarr or TIFF by path, the first two also by address (``s3://``, ``http://``, ``https://``); axes
+        ``yx`` or ``zyx``, also with c and t. Of a volume say how cells are sought: ``do_3d=True``, or
+        ``stitch_threshold``.
     output : path or address, optional
         OME-Zarr to hold the labels, as ``labels/<name>``, also on ``s3://``. Default: the image itself if it is
         an OME-Zarr that can be written; for arrays, none: labels stay in memory.
@@ -283,8 +284,8 @@ def _say_where_scratch_is(place: Place, is_elsewhere: bool) -> None:
         return
     if is_elsewhere:
         raise SettingsError(
-            f"labels go to {place.plan.root}, where workers cannot keep what is in between; give a folder that they all "
-            "reach (--scratch)."
+            f"labels go to {place.plan.root}, where workers cannot keep what is in between; give a folder that all of "
+            "them reach (--scratch)."
         )
     logger.info("what is in between goes to %s, another place with --scratch.", place.scratch)
 

@@ -101,7 +101,8 @@ def _parent_of_scratch(plan: LabelsPlan, scratch: Any) -> Path:
         return beside if isinstance(beside, Path) else Path.cwd()
     if is_remote(scratch):
         raise SettingsError(
-            f"the scratch cannot lie at {clean_address(str(scratch))}; give a folder that all workers reach (--scratch)."
+            f"the scratch cannot lie at {clean_address(str(scratch))}; give a folder that all workers reach "
+            "(--scratch)."
         )
     return Path(scratch).absolute()
 

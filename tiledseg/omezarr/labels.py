@@ -134,10 +134,10 @@ def plan_labels(image: Image, output: Location | None, name: str, version: str |
         raise OutputError(f"{image.name} is no OME-Zarr image that can hold labels; say where with -o OUT.zarr.")
     # Absolute: workers may run in another folder.
     root = (output or image.writable_group or Path()).absolute()
+    check_writable(root)
     found, n_datasets = _container(root)
     if None not in (found, version) and found != version:
         raise SettingsError(f"{root} is OME-Zarr {found}, not {version}; leave out the version.")
-    check_writable(root)
     keep = [at for at, letter in enumerate(image.axes) if letter != "c"]
     axes = "".join(image.axes[at] for at in keep)
     shape = tuple(image.shape[at] for at in keep)
