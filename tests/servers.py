@@ -4,7 +4,7 @@
 
 http serves what is in the folder. While the folder holds a file ``.answer``, either answers requests with the
 status that is written in it, as a server that is broken or overloaded does: all, or those of the methods named
-after it.
+after it. While there is a file ``.unlisted``, what is not there is forbidden, as in S3 without leave to list.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ class _Unlisted(SimpleHTTPRequestHandler):
 
     def send_head(self) -> Any:
         """Answer a GET or HEAD."""
-        status = _status(self.directory, self.command) or (
-            404 if Path(self.translate_path(self.path)).is_dir() else None
-        )
+        status = _status(self.directory, self.command)
+        if status is None and not Path(self.translate_path(self.path)).is_file():
+            status = 403 if (Path(self.directory) / ".unlisted").exists() else 404
         if status is not None:
             self.send_error(status)
             return None

@@ -25,7 +25,7 @@ from zarr.storage import ObjectStore
 
 from .addresses import is_remote, split_address
 from .errors import RemoteError
-from .patience import NothingThereError, request, request_async
+from .patience import ForbiddenError, NothingThereError, request, request_async
 
 __all__ = ["Location", "RemotePath", "absent", "location", "read_file", "remove_tree", "zarr_store"]
 
@@ -134,9 +134,11 @@ class RemotePath:
         self._ask(lambda: obstore.delete(client, key), "written")
 
     def remove_below(self) -> None:
-        """Delete all that lies below it."""
+        """Delete all that lies below it, never a whole bucket."""
         import obstore
 
+        if not self.key:
+            raise ValueError(f"{self} is a whole bucket")
         client, prefix = _client(self.root), f"{self.key}/"
         found = self._ask(lambda: [[entry["path"] for entry in page] for page in obstore.list(client, prefix)])
         for keys in found:
@@ -274,6 +276,8 @@ class PatientStore(ObjectStore[Any]):
         try:
             found = await self._ask(key, lambda: get(key, prototype, byte_range))
         except RemoteError as error:
+            if isinstance(error, ForbiddenError) and key.endswith(".zattrs"):
+                return None  # need not be there, and where listing is forbidden so is what is not there
             if not isinstance(error.__cause__, NotSupportedError):
                 raise
             _say_no_ranges(self.place.root)
