@@ -31,7 +31,7 @@ from .conftest import Slide
 from .servers import Server, serving
 
 SECRET = "c2VjcmV0/of+the/store"
-BUCKET = "slides"
+BUCKET = "bucket"
 SHAPE = (300, 233)
 
 
@@ -181,7 +181,7 @@ def test_empty_objects_are_not_taken_for_zeros(s3: Server) -> None:
     bucket(s3).put_object(Key=key, Body=b"")
     image = open_image(f"s3://{BUCKET}/dots 0.5.ome.zarr")
     with pytest.raises(
-        ImageError, match=r"chunk c/0/1/0 of s3://slides/dots 0.5.ome.zarr/1 cannot be read \(the stored obj"
+        ImageError, match=r"chunk c/0/1/0 of s3://bucket/dots 0.5.ome.zarr/1 cannot be read \(the stored obj"
     ):
         image.read(1, tuple(slice(0, n) for n in image.levels[1].shape))
     bucket(s3).put_object(Key=key, Body=whole)
@@ -240,7 +240,7 @@ def test_images_are_written(tmp_path: Path) -> None:
     ("address", "message"),
     [
         ("{web}/none.zarr", "{web}/none.zarr is no Zarr: there is no zarr.json, .zarray or .zgroup; check the address"),
-        ("s3://slides/none.zarr", "s3://slides/none.zarr is no Zarr: there is no zarr.json"),
+        ("s3://bucket/none.zarr", "s3://bucket/none.zarr is no Zarr: there is no zarr.json"),
         ("s3://no-such-bucket/a.zarr", "s3://no-such-bucket/a.zarr/zarr.json cannot be read: there is no such bucket"),
         ("http://127.0.0.1:9/a.zarr", "http://127.0.0.1:9/a.zarr/zarr.json cannot be read: the connection is refused"),
         (
@@ -249,7 +249,7 @@ def test_images_are_written(tmp_path: Path) -> None:
         ),
         ("https://127.0.0.1:{port}/a.zarr", "cannot be read: there is no connection, for 0 s; check the address"),
         ("gs://bucket/a.zarr", "gs://bucket/a.zarr cannot be opened: only s3://, http:// and https:// can"),
-        (f"s3://KEY:{SECRET}@slides/a", "the address of s3://slides/a holds a user, a password, a query or a fragment"),
+        (f"s3://KEY:{SECRET}@bucket/a", "the address of s3://bucket/a holds a user, a password, a query or a fragment"),
         ("{web}/a.zarr?token=SECRET", "the address of {web}/a.zarr holds a user, a password, a query or a fragment"),
         ("{web}/slide.ome.zarr", "{web}/slide.ome.zarr is no OME-Zarr image that can hold labels; say where with -o"),
     ],
@@ -415,7 +415,7 @@ def test_labels_and_table_go_into_the_image(
             for one in (mine, theirs):
                 one.get("attributes", one).pop("tiledseg", None)  # the run's own id
             assert mine == theirs
-    with pytest.raises(OutputError, match="exist already at s3://slides/"):
+    with pytest.raises(OutputError, match="exist already at s3://bucket/"):
         tiledseg.segment(address, scratch=tmp_path / "other", **settings)
     again = tiledseg.segment(address, **settings, restart=True, min_size=40)
     assert 0 < again.report.n_objects < found.report.n_objects
@@ -470,13 +470,13 @@ def test_places_that_cannot_be_written_are_refused(
         tiledseg.segment(image, f"{web.url}/out.zarr", **settings)
     with pytest.raises(RemoteError, match=r"s3://nobody-has-it/out.zarr cannot be read: there is no such bucket"):
         tiledseg.segment(image, "s3://nobody-has-it/out.zarr", scratch=tmp_path, **settings)
-    refusal = r"there: s3://slides/out.zarr cannot be written: access is forbidden; .* Another place: -o"
+    refusal = r"there: s3://bucket/out.zarr cannot be written: access is forbidden; .* Another place: -o"
     with s3.answering(403, "PUT"), pytest.raises(OutputError, match=refusal):
         tiledseg.segment(image, f"s3://{BUCKET}/out.zarr", scratch=tmp_path, **settings)
-    with pytest.raises(SettingsError, match="the scratch cannot lie at s3://slides/scratch; give a folder"):
-        tiledseg.segment(image, tmp_path / "out.zarr", scratch=f"s3://KEY:{SECRET}@slides/scratch", **settings)
+    with pytest.raises(SettingsError, match="the scratch cannot lie at s3://bucket/scratch; give a folder"):
+        tiledseg.segment(image, tmp_path / "out.zarr", scratch=f"s3://KEY:{SECRET}@bucket/scratch", **settings)
     with pytest.raises(
-        SettingsError, match=r"labels go to s3://slides/out.zarr, .* that all of them reach \(--scratch\)"
+        SettingsError, match=r"labels go to s3://bucket/out.zarr, .* that all of them reach \(--scratch\)"
     ):
         tiledseg.segment(image, f"s3://{BUCKET}/out.zarr", client=client, **settings)
     with pytest.raises(OutputError, match="exists and is neither empty nor a Zarr group"):

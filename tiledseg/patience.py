@@ -18,7 +18,7 @@ from typing import TypeVar
 from .addresses import clean_address
 from .errors import RemoteError
 
-__all__ = ["ForbiddenError", "NothingThereError", "request", "request_async"]
+__all__ = ["ForbiddenError", "NoBucketError", "NothingThereError", "request", "request_async"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,11 @@ class ForbiddenError(RemoteError):
 
 
 class NothingThereError(RemoteError):
-    """There is no such object, or no such bucket."""
+    """There is no such object."""
+
+
+class NoBucketError(RemoteError):
+    """There is no such bucket."""
 
 
 class _Roots:
@@ -124,7 +128,7 @@ def request(root: str, address: str, call: Callable[[], Answer], to: str = "read
 
     Raises
     ------
-    NothingThereError, ForbiddenError
+    NothingThereError, NoBucketError, ForbiddenError
         If there is no such thing, or it is not for us.
     RemoteError
         If the store is away for longer than it may be, or answers with an error.
@@ -213,9 +217,10 @@ def _final(error: Exception, what: str, why: str) -> RemoteError:
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
     text = str(error)
-    if isinstance(error, FileNotFoundError) or "NoSuchBucket" in text:
-        why = "there is no such bucket" if "NoSuchBucket" in text else "there is nothing at that address"
-        return NothingThereError(f"{what}: {why}; check the address.")
+    if "NoSuchBucket" in text:
+        return NoBucketError(f"{what}: there is no such bucket; check the address.")
+    if isinstance(error, FileNotFoundError):
+        return NothingThereError(f"{what}: there is nothing at that address; check it.")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
         detail = "" if why.startswith("the server") else f" ({why})"
         return ForbiddenError(

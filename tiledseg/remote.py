@@ -91,9 +91,7 @@ class RemotePath:
             return False
         try:
             self._ask(lambda: obstore.head(_client(self.root), self.key))
-        except NothingThereError as error:
-            if "bucket" in str(error):
-                raise
+        except NothingThereError:
             return False
         return True
 
@@ -194,9 +192,7 @@ def read_file(place: Location) -> tuple[bytes, int] | None:
         return (place.read_bytes(), place.stat().st_mtime_ns) if place.is_file() else None
     try:
         content = place.read_bytes()
-    except NothingThereError as error:
-        if "bucket" in str(error):
-            raise
+    except NothingThereError:
         return None
     return content, zlib.crc32(content)
 
