@@ -25,9 +25,9 @@ ROWS = [
         "networks.size",
         "networks.states",
     },
-    {"objects", "particles", "networks.unet", "patience"},
+    {"objects", "particles", "networks.unet", "clients", "patience"},
     {"heat", "remote"},
-    {"gpu"},
+    {"gpu", "zarr_stores"},
     {"config", "grid", "dynamics", "seams", "progress", "slides", "volumes", "scoring", "pictures"},
     {"images.image", "store", "omezarr.groups", "normalisation"},
     {"links"},
@@ -52,8 +52,8 @@ ROWS = [
     {"cli"},
 ]
 HOMES = {
-    "boto3": {"remote"},
-    "obstore": {"patience", "remote"},
+    "boto3": {"clients"},
+    "obstore": {"clients", "patience", "remote", "zarr_stores"},
     "numba": {"dynamics", "heat", "lerp", "objects", "particles"},
     "cloudpickle": {"segmenters"},
     "distributed": {"cluster"},

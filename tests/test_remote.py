@@ -21,11 +21,13 @@ import pytest
 import zarr
 
 import tiledseg
-from tiledseg import patience, remote
+from tiledseg import clients, patience
 from tiledseg.cli import main
 from tiledseg.errors import ImageError, OutputError, RemoteError, SettingsError
 from tiledseg.images import Image, open_image
 from tiledseg.omezarr import open_labels, write_image
+from tiledseg.remote import location
+from tiledseg.zarr_stores import zarr_store
 
 from .conftest import Slide
 from .servers import Server, serving
@@ -98,8 +100,8 @@ def s3(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
 
 def forget() -> None:
     """Look for servers and credentials anew, as a new process does."""
-    remote._client.cache_clear()
-    remote._s3_config.cache_clear()
+    clients.client_of.cache_clear()
+    clients._s3_config.cache_clear()
 
 
 @functools.cache
@@ -160,19 +162,18 @@ def test_only_an_address_travels() -> None:
     assert np.array_equal(
         again.read(1, (slice(0, 1), slice(0, 9), slice(0, 9))), image.read(1, (slice(0, 1), slice(0, 9), slice(0, 9)))
     )
-    store = remote.zarr_store(remote.location(f"s3://{BUCKET}/dots 0.5.ome.zarr"))
+    store = zarr_store(location(f"s3://{BUCKET}/dots 0.5.ome.zarr"))
     assert SECRET.encode() not in pickle.dumps(store)
     assert pickle.loads(pickle.dumps(store)) == store
 
 
 @pytest.mark.usefixtures("s3")
 def test_missing_chunks_are_found_by_asking(web: Server, tmp_path: Path) -> None:
-    for i, address in enumerate((f"{web.url}/holes.zarr", f"s3://{BUCKET}/holes.zarr")):
-        settings: dict[str, Any] = {"segmenter": above, "halo": 16, "block": 128}
+    settings: dict[str, Any] = {"segmenter": above, "halo": 16, "block": 128, "output": tmp_path / "out.zarr"}
+    for address in (f"s3://{BUCKET}/holes.zarr", f"{web.url}/holes.zarr"):
         with pytest.raises(ImageError, match=r"chunk c/1/. of .*holes\.zarr is missing \(\d in this region\)"):
-            tiledseg.segment(address, tmp_path / f"{i}.zarr", **settings)
-        found = tiledseg.segment(address, tmp_path / f"{i}.zarr", missing_chunks="fill", **settings)
-        assert found.report.n_objects > 20
+            tiledseg.segment(address, **settings)
+    assert tiledseg.segment(address, missing_chunks="fill", **settings).report.n_objects > 20
 
 
 def test_empty_objects_are_not_taken_for_zeros(s3: Server) -> None:
@@ -290,20 +291,30 @@ def test_what_servers_refuse_is_a_sentence(
 def test_a_server_that_does_not_answer(web: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     import signal
 
-    monkeypatch.setitem(remote._CLIENT, "read_timeout", "1s")
-    remote._client.cache_clear()
+    monkeypatch.setitem(clients.OPTIONS, "read_timeout", "1s")
+    clients.client_of.cache_clear()
     web.process.send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(RemoteError, match="cannot be read: there is no answer in time, for 1 s"):
             open_image(f"{web.url}/plain.zarr")
     finally:
         web.process.send_signal(signal.SIGCONT)
-        remote._client.cache_clear()
+        clients.client_of.cache_clear()
+
+
+def test_settings_of_aws_that_cannot_be_used(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"{s3.url.removeprefix('http://')}/x?token={SECRET}")
+        forget()
+        with pytest.raises(RemoteError, match=r"S3 cannot be used: .*check the settings of AWS") as caught:
+            open_image(f"s3://{BUCKET}/a.zarr")
+        assert SECRET not in str(caught.value)
+    forget()
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
-    remote._client.cache_clear()
+    clients.client_of.cache_clear()
     with pytest.raises(RemoteError, match=r"needs the package obstore.store, .* pip install 'tiledseg\[remote\]'"):
         open_image("http://127.0.0.1:9/a.zarr")
 

@@ -30,8 +30,9 @@ from .job import Job
 from .objects import measure_objects
 from .omezarr import finish_labels, level_array
 from .progress import Progress
-from .remote import Location, zarr_store
+from .remote import Location
 from .store import DiskStore, Store
+from .zarr_stores import zarr_store
 
 __all__ = ["process_block", "region_sides", "run", "table_of"]
 

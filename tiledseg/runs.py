@@ -32,9 +32,10 @@ from .frames import image_region, label_axes, label_shape
 from .images import Image, MemorySource, open_image
 from .job import Job
 from .omezarr import LabelsPlan, create_labels, labels_exist, plan_labels, remove_labels
-from .remote import Location, RemotePath, location, zarr_store
+from .remote import Location, RemotePath, location
 from .segmenters import APPLICABLE
 from .store import DiskStore, MemoryStore, Store
+from .zarr_stores import zarr_store
 
 __all__ = ["Place", "fingerprint", "is_shippable", "labels_folder", "place_of", "reopen", "scratch_of", "shippable"]
 

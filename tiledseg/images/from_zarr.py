@@ -13,7 +13,8 @@ from typing import Any
 from ..axes import ALL_AXES, check_axes, spatial_axes
 from ..errors import ImageError, TiledsegError
 from ..patience import ForbiddenError
-from ..remote import Location, location, read_file, zarr_store
+from ..remote import Location, location, read_file
+from ..zarr_stores import zarr_store
 from .assembly import StoredLevel, assemble_image, channel_names, check_array, given_axes, is_number
 from .damage import BAD_FILE
 from .image import Image, listed_names

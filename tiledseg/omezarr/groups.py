@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputError
-from ..remote import Location, absent, zarr_store
+from ..remote import Location, absent
+from ..zarr_stores import zarr_store
 
 __all__ = [
     "FORMATS",

@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from ..errors import ImageError, OutputError, SettingsError
 from ..images import Image, open_image
-from ..remote import Location, location, remove_tree, zarr_store
+from ..remote import Location, location, remove_tree
+from ..zarr_stores import zarr_store
 from .groups import (
     FORMATS,
     check_writable,

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from ..axes import canonical_order, check_axes, spatial_axes
 from ..errors import OutputError, SettingsError
-from ..remote import Location, location, zarr_store
+from ..remote import Location, location
+from ..zarr_stores import zarr_store
 from .groups import (
     FORMATS,
     check_writable,
