@@ -71,7 +71,9 @@ def _s3_config() -> dict[str, Any]:
         session = boto3.Session()
         where = session.client("s3").meta
         has_credentials = session.get_credentials() is not None
-    except (BotoCoreError, ValueError) as error:
+    except ValueError as error:  # which shows the whole endpoint
+        raise RemoteError("S3 cannot be used: its endpoint is no address; check AWS_ENDPOINT_URL.") from error
+    except BotoCoreError as error:
         why = clean_address(str(error)).rstrip(".")
         raise RemoteError(f"S3 cannot be used: {why}; check the settings of AWS in the environment.") from error
     config: dict[str, Any] = {"region": session.region_name or "us-east-1"}
