@@ -21,7 +21,7 @@ import pytest
 import zarr
 
 import tiledseg
-from tiledseg import clients, patience
+from tiledseg import patience, remote_clients
 from tiledseg.cli import main
 from tiledseg.errors import ImageError, OutputError, RemoteError, SettingsError
 from tiledseg.images import Image, open_image
@@ -100,8 +100,8 @@ def s3(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
 
 def forget() -> None:
     """Look for servers and credentials anew, as a new process does."""
-    clients.client_of.cache_clear()
-    clients._s3_config.cache_clear()
+    remote_clients.client_of.cache_clear()
+    remote_clients._s3_config.cache_clear()
 
 
 @functools.cache
@@ -291,15 +291,15 @@ def test_what_servers_refuse_is_a_sentence(
 def test_a_server_that_does_not_answer(web: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     import signal
 
-    monkeypatch.setitem(clients.OPTIONS, "read_timeout", "1s")
-    clients.client_of.cache_clear()
+    monkeypatch.setitem(remote_clients.OPTIONS, "read_timeout", "1s")
+    remote_clients.client_of.cache_clear()
     web.process.send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(RemoteError, match="cannot be read: there is no answer in time, for 1 s"):
             open_image(f"{web.url}/plain.zarr")
     finally:
         web.process.send_signal(signal.SIGCONT)
-        clients.client_of.cache_clear()
+        remote_clients.client_of.cache_clear()
 
 
 def test_settings_of_aws_that_cannot_be_used(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +318,7 @@ def test_settings_of_aws_that_cannot_be_used(s3: Server, monkeypatch: pytest.Mon
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "obstore.store", None)
-    clients.client_of.cache_clear()
+    remote_clients.client_of.cache_clear()
     with pytest.raises(RemoteError, match=r"needs the package obstore.store, .* pip install 'tiledseg\[remote\]'"):
         open_image("http://127.0.0.1:9/a.zarr")
 

@@ -1,103 +1,63 @@
-"""Addresses of remote stores: which text is one, and how to tell it without what is secret in it.
-
-An address says where, never who: credentials come from the environment, as the library that talks to
-the store finds them. So one with a password or a query in it is refused, and whatever is shown, logged
-or written goes through :func:`clean_address` if it may hold one.
-"""
+"""Addresses without what gives access: nothing that is written or said may hold a password or a token."""
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-from .errors import RemoteError
+__all__ = ["cleaned", "without_credentials"]
 
-__all__ = ["clean_address", "is_remote", "split_address"]
-
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_USER = r"(?:[^\s/?#'\"<>]*@|[^\s/@:?#'\"<>]+:(?!\d{1,5}(?:[/?#\s'\"<>]|$))[^\s@'\"<>]*@)?"
-"""Also where the password holds slashes, as those of S3 do; a number after the colon is a port."""
-_ADDRESS = re.compile(
-    rf"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://){_USER}(?P<where>[^\s?'\"<>]*)(?:\?[^\s'\"<>]*)?",
-)
-
-
-def is_remote(source: Any) -> bool:
-    """Whether something is an address such as ``s3://bucket/key``, and no local path.
-
-    Parameters
-    ----------
-    source : object
-
-    Returns
-    -------
-    is_remote : bool
-        False for what is neither text nor a path.
-    """
-    return isinstance(source, str | os.PathLike) and _SCHEME.match(os.fspath(source)) is not None
+# Lengths are limited, for names in images are not: without, long ones would take forever.
+ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)(?P<rest>[^\s\"'<>]*)")
+USER_AND_PASSWORD = re.compile(r"(?<![\w/@:.-])[^\s/@:\"'<>]{1,256}:[^\s/@\"'<>]{1,256}@(?=[\w\[])")
+"""Before a host without a scheme, as in ``user:password@host:8786``."""
+QUERY = re.compile(r"[?#].*", re.DOTALL)
+PORT = re.compile(r"\d*$")
+PUNCTUATION = ".,;:)]"
+"""Of a sentence around an address."""
 
 
-def clean_address(text: str) -> str:
-    """Text without the users, passwords, queries and fragments of the addresses in it.
+def without_credentials(text: str) -> str:
+    """A text with addresses that give no access.
 
     Parameters
     ----------
     text : str
-        An address, or a sentence with some.
+        An address, or any text that may hold some.
 
     Returns
     -------
-    text : str
-        For example ``"s3://bucket/a.zarr cannot be read"``; text without addresses as it is. A ``#`` is part
-        of a name in ``s3://`` and stays.
+    cleaned : str
+        Without users and passwords before a host, and without queries and fragments, which hold the tokens of
+        presigned addresses. Anything else stays, paths of files too.
+
+    Examples
+    --------
+    >>> without_credentials("https://me:secret@host/slide.zarr?token=abc")
+    'https://host/slide.zarr'
     """
-
-    def clean(found: re.Match[str]) -> str:
-        scheme, where = found["scheme"], found["where"]
-        return scheme + (where if scheme.lower() == "s3://" else where.partition("#")[0])
-
-    return _ADDRESS.sub(clean, text)
+    return USER_AND_PASSWORD.sub("", ADDRESS.sub(_cleaned_address, text))
 
 
-def split_address(address: str) -> tuple[str, str]:
-    """Take an address apart.
-
-    Parameters
-    ----------
-    address : str
-        ``s3://BUCKET/KEY`` or ``http(s)://HOST/PATH``.
-
-    Returns
-    -------
-    root, key : str
-        The bucket or server, as ``"s3://bucket"``, and the key in it without slashes at its ends; of
-        http not percent-encoded.
-
-    Raises
-    ------
-    RemoteError
-        If it is of another kind, names no bucket or server, or holds a user, a password or a query.
-    """
-    shown = clean_address(address.partition("?")[0])
-    scheme, _, rest = address.partition("://")
-    scheme = scheme.lower()
-    if scheme not in ("s3", "http", "https"):
-        raise RemoteError(f"{shown} cannot be opened: only s3://, http:// and https:// can; copy it to a local disk.")
-    host, _, key = rest.partition("/")
+def _cleaned_address(found: re.Match[str]) -> str:
+    """One address without users, passwords and query."""
+    address = found["rest"].rstrip(PUNCTUATION)
+    around, rest = found["rest"][len(address) :], QUERY.sub("", address)
+    host, slash, path = rest.partition("/")
     if "@" in host:
-        shown = f"{scheme}://..." if shown == address else shown
-    if shown != address or "#" in host:
-        raise RemoteError(
-            f"the address of {shown} holds a user, a password, a query or a fragment; leave it out: credentials "
-            "come from the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID), a public store needs none."
-        )
-    key = key.strip("/") if scheme == "s3" else unquote(key).strip("/")
-    try:
-        is_host = bool(host) and (scheme == "s3" or bool(urlsplit(f"{scheme}://{host}").port or True))
-    except ValueError:
-        is_host = False
-    if not is_host or (key and any(part in ("", ".", "..") for part in key.split("/"))):
-        raise RemoteError(f"{shown} is no address that can be opened; give s3://BUCKET/KEY or http(s)://HOST/PATH.")
-    return f"{scheme}://{host}", key
+        host = host.rpartition("@")[2]
+    elif "@" in path and not PORT.match(host.partition(":")[2]):
+        # A password with a slash in it, as secrets of S3 may have: what stands before the first one is no port.
+        return found["scheme"] + path.rpartition("@")[2] + around
+    return f"{found['scheme']}{host}{slash}{path}{around}"
+
+
+def cleaned(document: Any) -> Any:
+    """A document of dicts, lists, tuples and scalars with all its texts cleaned, keys as well."""
+    if isinstance(document, str):
+        return without_credentials(document)
+    if isinstance(document, dict):
+        return {cleaned(key): cleaned(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return type(document)(map(cleaned, document))
+    return document

@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from .addresses import clean_address
+from .addresses import without_credentials
 from .errors import RemoteError
 
 __all__ = ["ForbiddenError", "NoBucketError", "NothingThereError", "request", "request_async"]
@@ -83,7 +83,7 @@ class _Tries:
     """The tries of one request."""
 
     def __init__(self, root: str, address: str, to: str) -> None:
-        self.root, self.what = root, f"{clean_address(address)} cannot be {to}"
+        self.root, self.what = root, f"{address} cannot be {to}"
         self.pause, self.longest = PAUSE_S
         self.patience = _ROOTS.patience(root)
         self.since: float | None = None
@@ -209,7 +209,7 @@ def _reason(error: Exception) -> tuple[str, bool]:
     for sign, why in _PASSING:
         if sign in text:
             return why, True
-    return clean_address(text.split("\n", 1)[0])[:200].rstrip("."), False
+    return without_credentials(text.split("\n", 1)[0])[:200].rstrip("."), False
 
 
 def _final(error: Exception, what: str, why: str) -> RemoteError:

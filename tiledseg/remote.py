@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .addresses import is_remote, split_address
-from .clients import client_of
 from .patience import NothingThereError, request
+from .remote_clients import client_of
+from .urls import is_remote, split_address
 
 __all__ = ["Location", "RemotePath", "absent", "location", "read_file", "remove_tree"]
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from .addresses import clean_address, is_remote
+from .addresses import without_credentials
 from .cluster import Executor
 from .config import Settings, digest
 from .errors import OutputError, RemoteError, SettingsError
@@ -35,6 +35,7 @@ from .omezarr import LabelsPlan, create_labels, labels_exist, plan_labels, remov
 from .remote import Location, RemotePath, location
 from .segmenters import APPLICABLE
 from .store import DiskStore, MemoryStore, Store
+from .urls import is_remote
 from .zarr_stores import zarr_store
 
 __all__ = ["Place", "fingerprint", "is_shippable", "labels_folder", "place_of", "reopen", "scratch_of", "shippable"]
@@ -102,7 +103,7 @@ def _parent_of_scratch(plan: LabelsPlan, scratch: Any) -> Path:
         return beside if isinstance(beside, Path) else Path.cwd()
     if is_remote(scratch):
         raise SettingsError(
-            f"the scratch cannot lie at {clean_address(str(scratch))}; give a folder that all workers reach "
+            f"the scratch cannot lie at {without_credentials(str(scratch))}; give a folder that all workers reach "
             "(--scratch)."
         )
     return Path(scratch).absolute()

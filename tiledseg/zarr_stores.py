@@ -11,10 +11,10 @@ from typing import Any, Self
 
 from zarr.storage import ObjectStore
 
-from .clients import client_of
 from .errors import RemoteError
 from .patience import ForbiddenError, request_async
 from .remote import Location, RemotePath
+from .remote_clients import client_of
 
 __all__ = ["PatientStore", "zarr_store"]
 

@@ -12,8 +12,9 @@ import os
 from datetime import timedelta
 from typing import Any
 
-from .addresses import clean_address, split_address
+from .addresses import without_credentials
 from .errors import RemoteError
+from .urls import split_address
 
 __all__ = ["client_of"]
 
@@ -74,7 +75,7 @@ def _s3_config() -> dict[str, Any]:
     except ValueError as error:  # which shows the whole endpoint
         raise RemoteError("S3 cannot be used: its endpoint is no address; check AWS_ENDPOINT_URL.") from error
     except BotoCoreError as error:
-        why = clean_address(str(error)).rstrip(".")
+        why = without_credentials(str(error)).rstrip(".")
         raise RemoteError(f"S3 cannot be used: {why}; check the settings of AWS in the environment.") from error
     config: dict[str, Any] = {"region": session.region_name or "us-east-1"}
     if not where.endpoint_url.endswith(".amazonaws.com"):
