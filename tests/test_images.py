@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
-from tiledseg.errors import ImageError
+from tiledseg.errors import ImageError, RemoteError
 from tiledseg.images import Image, channel_index, open_image
 from tiledseg.omezarr import write_image
 
@@ -423,9 +423,8 @@ def test_nothing_to_open(tmp_path):
     (tmp_path / "b.tif").write_bytes(b"")
     with pytest.raises(ImageError, match="not a readable TIFF"):
         open_image(tmp_path / "b.tif")
-    for remote in ("s3://bucket/a.zarr", "https://host/a.zarr"):
-        with pytest.raises(ImageError, match="is remote, which is not supported yet"):
-            open_image(remote)
+    with pytest.raises(RemoteError, match="only s3://, http:// and https:// can; copy it to a local disk"):
+        open_image("gs://bucket/a.zarr")
     with pytest.raises(ImageError, match="a list is no image"):
         open_image([[1]])
 

@@ -28,9 +28,10 @@ ROWS = [
         "networks.size",
         "networks.states",
     },
-    {"machine", "objects", "particles", "networks.unet", "networks.attention", "batch.systems"},
-    {"clients", "heat", "batch.scripts"},
-    {"gpu", "batch.scheduler"},
+    {"machine", "objects", "particles", "networks.unet", "networks.attention", "batch.systems", "patience", "urls"},
+    {"clients", "heat", "batch.scripts", "remote_clients"},
+    {"gpu", "batch.scheduler", "remote"},
+    {"zarr_stores"},
     {"batch.supervisor", "config", "grid", "dynamics", "seams", "progress", "slides", "volumes", "scoring", "pictures"},
     {"images.image", "store", "omezarr.groups", "normalisation"},
     {"ledger"},
@@ -58,6 +59,8 @@ ROWS = [
     {"cli"},
 ]
 HOMES = {
+    "boto3": {"remote_clients"},
+    "obstore": {"patience", "remote", "remote_clients", "zarr_stores"},
     "numba": {"dynamics", "heat", "lerp", "objects", "particles"},
     "cloudpickle": {"segmenters"},
     "distributed": {"clients", "cluster", "machine", "batch.scheduler"},

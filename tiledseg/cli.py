@@ -93,14 +93,18 @@ def _parser() -> argparse.ArgumentParser:
 
     segment = _add(commands, "segment", _segment, "label every cell of an image")
     segment.set_defaults(if_interrupted="; the same command again continues")
-    segment.add_argument("image", metavar="IMAGE", help="OME-Zarr, Zarr or TIFF")
-    segment.add_argument("-o", "--output", metavar="OUT", help="OME-Zarr for the labels (default: the image itself)")
+    segment.add_argument("image", metavar="IMAGE", help="OME-Zarr, Zarr or TIFF; s3:// or http(s):// of a Zarr")
+    segment.add_argument(
+        "-o", "--output", metavar="OUT", help="OME-Zarr for the labels, also s3:// (default: the image itself)"
+    )
     _add_settings(segment, Settings)
     segment.add_argument("--workers", type=int, metavar="N", help="processes on this machine")
     segment.add_argument("--scheduler", metavar="ADDRESS|FILE", help="a running Dask scheduler")
     for flag, what in TLS_FILES.items():
         segment.add_argument(flag, metavar="PEM", help=f"of a scheduler behind TLS, the {what}")
-    segment.add_argument("--scratch", metavar="DIR", help="folder for what is in between (default: beside the labels)")
+    segment.add_argument(
+        "--scratch", metavar="DIR", help="folder for what is in between (default: beside labels on a disk)"
+    )
     segment.add_argument("--restart", action="store_true", help="discard what an earlier run left, and its labels")
     segment.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     segment.add_argument("--axes", metavar="AXES", help="axes of an array that does not say them, e.g. cyx")

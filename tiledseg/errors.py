@@ -15,6 +15,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "QuarantineError",
+    "RemoteError",
     "ScratchError",
     "SegmenterError",
     "SettingsError",
@@ -44,6 +45,10 @@ class DeviceError(TiledsegError, RuntimeError):
 
 class OutputError(TiledsegError, OSError):
     """The result cannot be written where it was asked for."""
+
+
+class RemoteError(TiledsegError, RuntimeError):
+    """A remote store cannot be reached, refuses, or its address is none that can be used."""
 
 
 class ScratchError(TiledsegError, ValueError):

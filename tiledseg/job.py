@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .config import Settings
@@ -20,6 +19,7 @@ from .mask import Mask
 from .networks.models import Model
 from .normalisation import Inverted, LocalRange, Normalisation, WholeRange
 from .omezarr import LabelsPlan
+from .remote import Location
 from .segmenters import Segmenter
 from .store import Store
 
@@ -289,7 +289,7 @@ class Job:
         Folder of the scratch for what depends on the mask settings.
     plan : LabelsPlan or None
         Where labels are published; None keeps them in memory.
-    table : Path or None
+    table : Path, RemotePath or None
         Where the object table goes.
     surveyed : Surveyed or None
         None until the survey is done, and where a function finds cells.
@@ -305,7 +305,7 @@ class Job:
     store: Store
     labels: str = ""
     plan: LabelsPlan | None = None
-    table: Path | None = None
+    table: Location | None = None
     surveyed: Surveyed | None = None
     mask: Mask | None = None
 

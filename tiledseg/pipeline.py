@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .pictures import histogram
 from .preflight import Preflight
 from .progress import Listener, Progress
 from .reach import in_order
+from .remote import Location
 from .repair import forget
 from .report import Report, report_of, write_report
 from .runs import Place, in_batches, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
@@ -55,18 +57,18 @@ class Segmentation:
     Attributes
     ----------
     report : Report
-    path : Path or None
+    path : Path, RemotePath or None
         Folder of the published label image.
-    table_path : Path or None
-        The object table on disk.
-    report_path : Path or None
+    table_path : Path, RemotePath or None
+        The object table, where it is stored.
+    report_path : Path, RemotePath or None
         The report as a page for browsers; ``report.json`` beside it has the same figures.
     """
 
     report: Report
-    path: Path | None
-    table_path: Path | None
-    report_path: Path | None
+    path: Location | None
+    table_path: Location | None
+    report_path: Location | None
     _job: Job = dataclasses.field(repr=False)
 
     @functools.cached_property
@@ -90,7 +92,8 @@ class Segmentation:
             return publish.table_of(self._job)
         import pyarrow.parquet
 
-        return pyarrow.parquet.ParquetFile(self.table_path).read()
+        place = self.table_path
+        return pyarrow.parquet.ParquetFile(place if isinstance(place, Path) else BytesIO(place.read_bytes())).read()
 
 
 def segment(
@@ -112,12 +115,13 @@ def segment(
 
     Parameters
     ----------
-    image : path, zarr.Array, dask array or numpy array
-        OME-Zarr, Zarr or TIFF by path; axes ``yx`` or ``zyx``, also with c and t. Of a volume say how cells are sought:
-        ``do_3d=True``, or ``stitch_threshold``.
-    output : path, optional
-        OME-Zarr to hold the labels, as ``labels/<name>``. Default: the image itself if it is an
-        OME-Zarr that can be written; for arrays, none: labels stay in memory.
+    image : path, address, zarr.Array, dask array or numpy array
+        OME-Zarr, Zarr or TIFF by path, the first two also by address (``s3://``, ``http://``, ``https://``); axes
+        ``yx`` or ``zyx``, also with c and t. Of a volume say how cells are sought: ``do_3d=True``, or
+        ``stitch_threshold``.
+    output : path or address, optional
+        OME-Zarr to hold the labels, as ``labels/<name>``, also on ``s3://``. Default: the image itself if it is
+        an OME-Zarr that can be written; for arrays, none: labels stay in memory.
     segmenter : callable, optional
         A function that finds the cells in place of the network, see Notes.
     client : distributed.Client or cluster, optional
@@ -130,7 +134,8 @@ def segment(
     security : distributed.Security, optional
         Certificates for a scheduler behind TLS; without, those that Dask's configuration names.
     scratch : path, optional
-        Folder for what is in between, reachable by all workers. Default: beside the output.
+        Folder for what is in between, reachable by all workers. Default: beside the output; of a remote one the
+        present folder, but a cluster that was given wants to be told.
     restart : bool
         Discard what an earlier run left there, with the labels it published.
     axes : str, optional
@@ -182,6 +187,8 @@ def segment(
     inputs, labeller = _labeller_of(opened, chosen, segmenter)
     place = place_of(opened, output, scratch, chosen)
     _check_geometry(labeller, chosen, opened)
+    if scratch is None:
+        _say_where_scratch_is(place, client is not None or scheduler is not None)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
     device = chosen.flows.device if segmenter is None else "cpu"
     with (
@@ -214,6 +221,18 @@ def segment(
         path = None if place.plan is None else place.plan.path
         page = write_report(report, job, {"labels": str(path), "table": str(place.table)})
         return Segmentation(report, path, place.table, page, job)
+
+
+def _say_where_scratch_is(place: Place, is_elsewhere: bool) -> None:
+    """Where labels are remote, nothing is beside them: name the folder, or want one that workers reach as well."""
+    if place.plan is None or isinstance(place.plan.root, Path):
+        return
+    if is_elsewhere:
+        raise SettingsError(
+            f"labels go to {place.plan.root}, where workers cannot keep what is in between; give a folder that all of "
+            "them reach (--scratch)."
+        )
+    logger.info("what is in between goes to %s, another place with --scratch.", place.scratch)
 
 
 def _run(

@@ -427,10 +427,9 @@ class Preflight:
             return
         if (place.scratch / "flows.journal").exists() or any(place.scratch.glob("masks-*/masks.journal")):
             return
-        wanted = [
-            ("the scratch", "--scratch", _existing(place.scratch), needs.scratch_bytes),
-            ("the labels", "-o", _existing(place.plan.root), needs.output_bytes),
-        ]
+        wanted = [("the scratch", "--scratch", _existing(place.scratch), needs.scratch_bytes)]
+        if isinstance(place.plan.root, Path):
+            wanted.append(("the labels", "-o", _existing(place.plan.root), needs.output_bytes))
         disks: dict[int, list[tuple[str, str, Path, int]]] = {}
         for row in wanted:
             disks.setdefault(row[2].stat().st_dev, []).append(row)

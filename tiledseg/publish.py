@@ -18,6 +18,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,9 @@ from .meters import meter, metered
 from .objects import measure_objects
 from .omezarr import finish_labels, level_array, read_level
 from .progress import Progress
+from .remote import Location
+from .store import DiskStore, Store
+from .zarr_stores import new_store
 
 __all__ = ["process_block", "region_sides", "run", "table_of"]
 
@@ -156,26 +160,37 @@ def write_table(_: int, job: Job) -> dict[str, Any]:
     import pyarrow.parquet
 
     if job.table is not None:
-        job.table.parent.mkdir(parents=True, exist_ok=True)
         _describe_table(job)
-        draft = job.table.with_suffix(".partial")
+        draft = _draft_of(job.table, job.store)
         with pyarrow.parquet.ParquetWriter(draft, _rows_of(job, _no_parts(job)).schema) as writer:
             for parts in _parts_by_id(job):
                 writer.write_table(_rows_of(job, parts))
-        settle(draft, job.table)
+        if isinstance(job.table, Path):
+            settle(draft, job.table)
+        else:
+            job.table.upload(draft)
+            draft.unlink()
     return {"peak": peak_memory()}
+
+
+def _draft_of(table: Location, store: Store) -> Path:
+    """Where the table is written before it is put in its place: of a remote one in the scratch."""
+    if isinstance(table, Path):
+        table.parent.mkdir(parents=True, exist_ok=True)
+        return table.with_suffix(".partial")
+    if not isinstance(store, DiskStore):
+        raise RuntimeError("a remote table needs a scratch on a disk")
+    return store.path / "table.partial"
 
 
 def _describe_table(job: Job) -> None:
     """Make the table's groups, with the attributes by which ngio and Fractal know a feature table."""
     import zarr
 
-    from .folders import new_folder
-
     if job.plan is None:
         return
     zarr_format: Any = job.plan.zarr_format
-    tables = zarr.open_group(new_folder(job.plan.root / "tables"), mode="a", zarr_format=zarr_format)
+    tables = zarr.open_group(new_store(job.plan.root / "tables"), mode="a", zarr_format=zarr_format)
     listed: Any = tables.attrs.get("tables", [])
     tables.attrs["tables"] = sorted({*listed, job.plan.name})
     tables.require_group(job.plan.name).attrs.update(

@@ -16,11 +16,13 @@ from typing import Any
 
 from .addresses import cleaned
 from .cluster import Executor, peak_memory
+from .disk import write_whole
 from .flows import n_inexact_tiles
 from .inputs import inputs_text
 from .job import Diameter, Job, Moment
 from .ledger import Ledger, Work
 from .page import page_of
+from .remote import Location
 from .stitch import PICTURE
 from .store import disk_errors
 
@@ -264,7 +266,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def write_report(report: Report, job: Job, links: dict[str, str]) -> Path | None:
+def write_report(report: Report, job: Job, links: dict[str, str]) -> Location | None:
     """Write ``report.json`` and ``report.html`` beside the table.
 
     Parameters
@@ -277,7 +279,7 @@ def write_report(report: Report, job: Job, links: dict[str, str]) -> Path | None
 
     Returns
     -------
-    page : Path or None
+    page : Path, RemotePath or None
         The page; None if the labels stay in memory.
 
     Raises
@@ -291,8 +293,14 @@ def write_report(report: Report, job: Job, links: dict[str, str]) -> Path | None
     facts = {**cleaned(links), **report.as_dict()}
     picture = None if report.per_block is None else job.store.load(f"{job.labels}/{PICTURE}")
     for name, text in (("report.json", json.dumps(facts, indent=1)), ("report.html", page_of(facts, picture))):
-        with disk_errors(folder / name):
-            draft = folder / f"{name}.partial"
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(folder / name)
+        _write(folder / name, text.encode())
     return folder / "report.html"
+
+
+def _write(place: Location, content: bytes) -> None:
+    """Write a file of the output."""
+    if isinstance(place, Path):
+        with disk_errors(place):
+            write_whole(place, lambda file: file.write(content), place.parent)
+    else:
+        place.upload(content)

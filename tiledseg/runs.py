@@ -24,18 +24,21 @@ from typing import Any
 
 import numpy as np
 
-from .addresses import cleaned
+from .addresses import cleaned, without_credentials
 from .cluster import Executor
 from .config import Settings, digest
-from .errors import OutputError, SettingsError
+from .errors import OutputError, RemoteError, SettingsError
 from .frames import image_region, label_axes, label_shape
 from .images import Image, MemorySource, open_image
 from .job import Job
 from .lock import locked
 from .networks.batches import fitting_batch, free_memory
 from .omezarr import LabelsPlan, create_labels, labels_exist, plan_labels, remove_labels
+from .remote import Location, RemotePath, location
 from .segmenters import APPLICABLE
 from .store import DiskStore, MemoryStore, Store
+from .urls import is_remote
+from .zarr_stores import zarr_store
 
 __all__ = [
     "Place",
@@ -80,7 +83,7 @@ class Place:
     """Where a run writes."""
 
     plan: LabelsPlan | None
-    table: Path | None
+    table: Location | None
     scratch: Path | None
 
     @property
@@ -99,10 +102,23 @@ def place_of(image: Image, output: Any, scratch: Any, settings: Settings) -> Pla
             )
         return Place(None, None, None)
     name = settings.publish.name
-    plan = plan_labels(image, None if output is None else Path(output), name, settings.publish.ome_zarr)
-    parent = plan.root.parent if scratch is None else Path(scratch).absolute()
+    plan = plan_labels(image, None if output is None else location(output), name, settings.publish.ome_zarr)
+    parent = _parent_of_scratch(plan, scratch)
     folder = parent / f"{plan.root.name}.{name}.tiledseg"
     return Place(plan, plan.root / "tables" / name / "table.parquet", folder)
+
+
+def _parent_of_scratch(plan: LabelsPlan, scratch: Any) -> Path:
+    """The folder in which the scratch lies: as given, else that of the output, of a remote one the present."""
+    if scratch is None:
+        beside = plan.root.parent
+        return beside if isinstance(beside, Path) else Path.cwd()
+    if is_remote(scratch):
+        raise SettingsError(
+            f"the scratch cannot lie at {without_credentials(str(scratch))}; give a folder that all workers reach "
+            "(--scratch)."
+        )
+    return Path(scratch).absolute()
 
 
 @contextlib.contextmanager
@@ -151,6 +167,8 @@ def reopen(job: Job, place: Place, restart: bool) -> str:
         record = None
     now = _described(job, plan)
     if record is None:
+        if plan is not None and not isinstance(plan.root, Path):
+            _check_remote(plan.root)
         record = {"id": uuid.uuid4().hex, "settings": now}
         store.write_json("run.json", record)
     changed = [k for k in now if record["settings"].get(k) != now[k]]
@@ -187,6 +205,14 @@ def in_batches(job: Job, executor: Executor) -> Job:
     return dataclasses.replace(job, labeller=dataclasses.replace(job.model, batch=record["batch"]))
 
 
+def _check_remote(root: RemotePath) -> None:
+    """Refuse a remote store that cannot be written before anything is computed for it."""
+    try:
+        root.check_writable()
+    except RemoteError as error:
+        raise OutputError(f"labels cannot be written there: {error} Another place: -o.") from error
+
+
 def _described(job: Job, plan: LabelsPlan | None) -> dict[str, Any]:
     """What may not change while a run goes on."""
     settings = {k: v for k, v in job.settings.flat().items() if k not in MAY_CHANGE | NO_MATTER}
@@ -217,7 +243,7 @@ def _owner(plan: LabelsPlan) -> str | None:
     if not plan.path.exists():
         return None
     try:
-        owner = zarr.open_group(plan.path, mode="r").attrs.get("tiledseg")
+        owner = zarr.open_group(zarr_store(plan.path), mode="r").attrs.get("tiledseg")
     except (OSError, ValueError, KeyError):
         return None
     return str(owner["run"]) if isinstance(owner, dict) and "run" in owner else None

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ImageError
+from ..remote import location
 from .assembly import StoredLevel, UnnamedAxesError, assemble_image, check_array, given_axes
 from .image import Image, Level, MemorySource, Source
 from .view import at_level, at_region, parse_region
@@ -39,7 +40,8 @@ def open_image(source: Any, *, axes: str | None = None, allow_bool: bool = False
     ----------
     source : str, path, zarr.Array, dask array or numpy array
         An OME-Zarr 0.4 or 0.5 image, a Zarr array, a TIFF or OME-TIFF, a path inside a Zarr container,
-        or an array. A dask array is computed region by region, in threads of this process.
+        the address of a Zarr (``s3://BUCKET/KEY``, ``http(s)://HOST/PATH``), or an array. A
+        dask array is computed region by region, in threads of this process.
     axes : str, optional
         Axes of the stored array, in its order, where the file does not say.
     allow_bool : bool
@@ -53,6 +55,8 @@ def open_image(source: Any, *, axes: str | None = None, allow_bool: bool = False
     ------
     ImageError
         If there is nothing there, or it is not an image that can be read.
+    RemoteError
+        If a remote store cannot be reached, or refuses.
     """
     image = _opened(source, axes)
     if image.dtype.kind == "b" and not allow_bool:
@@ -78,9 +82,9 @@ def _opened(source: Any, axes: str | None) -> Image:
         return _from_memory(source, "dask array", axes)
     if not isinstance(source, str | os.PathLike):
         raise ImageError(f"a {type(source).__name__} is no image; give a path or an array.")
-    if "://" in os.fspath(source):
-        raise ImageError(f"{source} is remote, which is not supported yet; copy it to a local disk.")
-    path = Path(source)
+    path = location(source)
+    if not isinstance(path, Path):
+        return open_zarr(path, axes)
     if not path.exists():
         raise ImageError(f"{path} does not exist; check the path.")
     return open_zarr(path, axes) if path.is_dir() else open_tiff(path, axes)

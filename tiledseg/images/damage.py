@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..errors import TiledsegError
 from ..waiting import is_stored
 
 __all__ = ["BAD_FILE", "failing_chunks", "stored_keys", "torn_chunks"]
@@ -40,14 +41,14 @@ def stored_keys(array: Any, selection: Sequence[slice | int]) -> list[str]:
     return [array.metadata.encode_chunk_key(cell) for cell in cells]
 
 
-def torn_chunks(array: Any, folder: Path | None, selection: Sequence[slice | int]) -> list[str]:
+def torn_chunks(array: Any, folder: object, selection: Sequence[slice | int]) -> list[str]:
     """Chunks whose file is shorter than it must be, which zarr reads as zeros or garbage without a word.
 
     Parameters
     ----------
     array : zarr.Array
-    folder : path, optional
-        Of the array on a local disk; None finds nothing.
+    folder : object
+        A path, of the array on a local disk; anything else finds nothing.
     selection : sequence of slice or int
         One per dimension, with bounds inside the array.
 
@@ -66,7 +67,7 @@ def torn_chunks(array: Any, folder: Path | None, selection: Sequence[slice | int
     Found by the length of the file, without decoding: files of no bytes, and Blosc buffers of another
     length than their header says.
     """
-    if folder is None:
+    if not isinstance(folder, Path):
         return []
     codec = type(array.compressors[-1]).__name__ if array.compressors and not array.shards else ""
     torn = []
@@ -102,7 +103,9 @@ def failing_chunks(array: Any, selection: Sequence[slice | int]) -> list[str]:
         box = tuple(slice(i * step, (i + 1) * step) for i, step in zip(cell, array.chunks, strict=True))
         try:
             array[box]
-        except BAD_FILE:
+        except BAD_FILE as error:
+            if isinstance(error, TiledsegError):  # a store that is away damages nothing
+                raise
             at = tuple(i * inner // whole for i, inner, whole in zip(cell, array.chunks, outer, strict=True))
             failing[array.metadata.encode_chunk_key(at)] = None
     return list(failing)

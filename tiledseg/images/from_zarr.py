@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -12,7 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..axes import ALL_AXES, check_axes, spatial_axes
-from ..errors import ImageError
+from ..errors import ImageError, TiledsegError
+from ..patience import ForbiddenError
+from ..remote import Location, location, read_file
+from ..zarr_stores import zarr_store
 from .assembly import StoredLevel, assemble_image, channel_names, check_array, given_axes, is_number
 from .damage import BAD_FILE
 from .image import Image, listed_names
@@ -26,29 +28,30 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ZarrSource:
-    """Zarr arrays in a local folder."""
+    """Zarr arrays in a local folder or a remote store."""
 
     folder: str
+    """Its path or address."""
     axes: str
     zarr_format: int
     stamp: int
-    """Modification time of the metadata: an image written anew is opened anew."""
+    """Modification time or checksum of the metadata: an image written anew is opened anew."""
 
     def open(self, level: int, path: str) -> Any:  # noqa: ARG002
         """The array of one level."""
-        return _open_zarr_array(os.path.join(self.folder, path), self.zarr_format, self.stamp)
+        return _open_zarr_array(str(location(self.folder) / path), self.zarr_format, self.stamp)
 
-    def chunk_folder(self, path: str) -> Path:
+    def chunk_folder(self, path: str) -> Location:
         """Folder of a level's chunks."""
-        return Path(self.folder) / path
+        return location(self.folder) / path
 
 
-def open_zarr(path: Path, axes: str | None) -> Image:
+def open_zarr(path: Location, axes: str | None) -> Image:
     """Open a folder: an array, an image, or a container of images.
 
     Parameters
     ----------
-    path : path
+    path : Path or RemotePath
         An OME-Zarr image, one of its levels, a bioformats2raw container or a Zarr array.
     axes : str, optional
         Axes of the stored array, in its order, where the metadata does not say.
@@ -61,13 +64,20 @@ def open_zarr(path: Path, axes: str | None) -> Image:
     ------
     ImageError
         If it is no image, or its metadata cannot be read.
+    RemoteError
+        If the store cannot be reached, or refuses.
     """
     node = _read_node(path)
-    if node is None:
+    if node is None and isinstance(path, Path):
         raise ImageError(f"{path} is a folder but no Zarr; give an OME-Zarr image, a Zarr array or a TIFF.")
+    if node is None:
+        raise ImageError(
+            f"{path} is no Zarr: there is no zarr.json, .zarray or .zgroup; check the address (a TIFF must be on a "
+            "local disk)."
+        )
     if not node.is_array:
         return _open_group(path, node, axes)
-    parent = _read_node(path.parent)
+    parent = _parent_node(path)
     if parent is not None and not parent.is_array and "multiscales" in parent.ome:
         image = _open_multiscales(path.parent, parent, axes)
         for number, level in enumerate(image.levels):
@@ -90,35 +100,68 @@ class _Node:
         return inner if isinstance(inner, dict) else self.attributes
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Location) -> tuple[dict[str, Any], int] | None:
+    """A JSON object and its stamp, None if there is no such file."""
     try:
-        content = json.loads(path.read_bytes())
+        found = read_file(path)
+        content = None if found is None else json.loads(found[0])
     except (ValueError, OSError, RecursionError) as error:
         raise ImageError(f"{path} is not readable as JSON ({error}); restore it.") from error
+    if found is None:
+        return None
     if not isinstance(content, dict):
         raise ImageError(f"{path} holds no JSON object; restore it.")
-    return content
+    return content, found[1]
 
 
-def _read_node(folder: Path) -> _Node | None:
+def _read_node(folder: Location) -> _Node | None:
     """The Zarr metadata of a folder, None if it has none."""
-    if (folder / "zarr.json").is_file():
-        content = _read_json(folder / "zarr.json")
-        attributes, kind = content.get("attributes", {}), content.get("node_type")
-        if kind not in ("array", "group") or not isinstance(attributes, dict):
-            raise ImageError(f"{folder / 'zarr.json'} describes no Zarr array or group; restore it.")
-        return _Node(3, kind == "array", attributes, (folder / "zarr.json").stat().st_mtime_ns)
-    for name in (".zarray", ".zgroup"):
-        if (folder / name).is_file():
-            content = _read_json(folder / name)
-            if '"pickle"' in json.dumps([content.get("compressor"), content.get("filters")]):
-                raise ImageError(f"{folder / name} asks for the pickle codec, which can run code; refused.")
-            attributes = _read_json(folder / ".zattrs") if (folder / ".zattrs").is_file() else {}
-            return _Node(2, name == ".zarray", attributes, (folder / name).stat().st_mtime_ns)
+    refusal: ForbiddenError | None = None
+    for name in ("zarr.json", ".zarray", ".zgroup"):
+        try:
+            found = _read_json(folder / name)
+        except ForbiddenError as error:  # of S3 also for what is not there, where listing is forbidden
+            refusal = refusal or error
+            continue
+        if found is not None:
+            return _node_of(folder / name, *found)
+    if refusal is not None:
+        raise refusal
     return None
 
 
-def _open_group(path: Path, node: _Node, axes: str | None) -> Image:
+def _node_of(file: Location, content: Mapping[str, Any], stamp: int) -> _Node:
+    """What a metadata file describes."""
+    if file.name == "zarr.json":
+        attributes, kind = content.get("attributes", {}), content.get("node_type")
+        if kind not in ("array", "group") or not isinstance(attributes, dict):
+            raise ImageError(f"{file} describes no Zarr array or group; restore it.")
+        return _Node(3, kind == "array", attributes, stamp)
+    if '"pickle"' in json.dumps([content.get("compressor"), content.get("filters")]):
+        raise ImageError(f"{file} asks for the pickle codec, which can run code; refused.")
+    try:
+        attributes, _ = _read_json(file.parent / ".zattrs") or ({}, 0)
+    except ForbiddenError:  # the same
+        attributes = {}
+    return _Node(2, file.name == ".zarray", attributes, stamp)
+
+
+def _parent_node(path: Location) -> _Node | None:
+    """The Zarr metadata of the folder around; None also if that is not for us."""
+    try:
+        return _read_node(path.parent)
+    except ForbiddenError:
+        return None
+
+
+def _held(path: Location) -> list[str] | None:
+    """Names of the folders in a folder, None if they cannot be listed."""
+    if not isinstance(path, Path):
+        return None
+    return sorted(child.name for child in path.iterdir() if child.is_dir())
+
+
+def _open_group(path: Location, node: _Node, axes: str | None) -> Image:
     """Open a group as an image, or say what it is instead."""
     ome = node.ome
     if "multiscales" in ome:
@@ -133,26 +176,30 @@ def _open_group(path: Path, node: _Node, axes: str | None) -> Image:
         if inner is None or "multiscales" not in inner.ome:
             raise ImageError(f"{path} names the image {names[0]!r}, which is missing; give another's path.")
         return _open_multiscales(child, inner, axes)
-    held = listed_names(sorted(child.name for child in path.iterdir() if child.is_dir())) or "nothing"
+    folders = _held(path)
+    held = "" if folders is None else f" ({listed_names(folders) or 'nothing'})"
     for key, what in (("plate", "plate of wells"), ("well", "well of fields"), ("labels", "list of labels")):
         if key in ome:
-            raise ImageError(f"{path} is a {what}, not an image; give the path of one inside it ({held}).")
-    raise ImageError(f"{path} is a Zarr group but no OME-Zarr image; give one of its arrays ({held}).")
+            raise ImageError(f"{path} is a {what}, not an image; give the path of one inside it{held}.")
+    raise ImageError(f"{path} is a Zarr group but no OME-Zarr image; give one of its arrays{held}.")
 
 
-def _series_names(path: Path) -> list[str]:
+def _series_names(path: Location) -> list[str]:
     """Images of a bioformats2raw container, in its order."""
     listing = _read_node(path / "OME")
     names = listing.ome.get("series") if listing is not None else None
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         return names
-    numbered = sorted((c.name for c in path.iterdir() if c.is_dir() and c.name.isdigit()), key=int)
+    held = _held(path)
+    if held is None:
+        return ["0"]  # the name of the first in every such container
+    numbered: list[str] = sorted(filter(str.isdigit, held), key=int)
     if not numbered:
         raise ImageError(f"{path} is a container without images.")
     return numbered
 
 
-def _inside(folder: Path, component: Any, where: Path) -> Path:
+def _inside(folder: Location, component: Any, where: Location) -> Location:
     """Path of a component that metadata names, refused if it leaves its group."""
     if not isinstance(component, str) or "\\" in component or ":" in component or "\0" in component:
         raise ImageError(f"{where} names the path {component!r}, which is none; its metadata is unreadable.")
@@ -167,14 +214,13 @@ def _open_zarr_array(path: str, zarr_format: int, stamp: int) -> Any:  # noqa: A
     """A Zarr array, opened once per process; the stamp keys the cache only."""
     import zarr
 
-    from ..folders import FolderStore
-
-    home = Path(path) / ("zarr.json" if zarr_format == 3 else ".zarray")
-    store = FolderStore(path, read_only=True, home=home)
+    place = location(path)
+    home = place / ("zarr.json" if zarr_format == 3 else ".zarray")
+    store = zarr_store(place, read_only=True, home=home)
     return zarr.open_array(store, mode="r", zarr_format=3 if zarr_format == 3 else 2)
 
 
-def _load_array(path: Path, node: _Node) -> Any:
+def _load_array(path: Location, node: _Node) -> Any:
     """A Zarr array with metadata that can be trusted."""
     try:
         array = _open_zarr_array(str(path), node.zarr_format, node.stamp)
@@ -182,13 +228,13 @@ def _load_array(path: Path, node: _Node) -> Any:
         if min(array.chunks, default=0) < 1 or min(array.shards or (1,)) < 1:
             raise ValueError(f"chunks {array.chunks}")
     except BAD_FILE as error:
-        if isinstance(error, ImageError):
+        if isinstance(error, TiledsegError):
             raise
         raise ImageError(f"{path} has Zarr metadata that cannot be read ({error}); restore it.") from error
     return array
 
 
-def _open_bare(path: Path, node: _Node, axes: str | None) -> Image:
+def _open_bare(path: Location, node: _Node, axes: str | None) -> Image:
     """An array without OME metadata."""
     array = _load_array(path, node)
     names = getattr(array.metadata, "dimension_names", None) or node.attributes.get("_ARRAY_DIMENSIONS")
@@ -202,7 +248,7 @@ def _open_bare(path: Path, node: _Node, axes: str | None) -> Image:
     return replace(image, zarr_format=node.zarr_format)
 
 
-def _open_multiscales(path: Path, node: _Node, axes: str | None) -> Image:
+def _open_multiscales(path: Location, node: _Node, axes: str | None) -> Image:
     """An OME-Zarr image (OME-Zarr 0.4 and 0.5, section "multiscales" metadata)."""
     entries = node.ome.get("multiscales")
     if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
@@ -230,13 +276,13 @@ def _open_multiscales(path: Path, node: _Node, axes: str | None) -> Image:
     return replace(
         image,
         channels=_ome_channels(node.ome, image.n_channels),
-        writable_group=path if writable else None,
+        writable_group=path if writable and (isinstance(path, Path) or path.is_writable) else None,
         zarr_format=node.zarr_format,
         ome_version=version if isinstance(version, str) else None,
     )
 
 
-def _dataset_array(path: Path, dataset: Any, ndim: int) -> Any:
+def _dataset_array(path: Location, dataset: Any, ndim: int) -> Any:
     """The array a dataset names."""
     if not isinstance(dataset, dict):
         raise _unreadable(path, "a dataset is no object")
@@ -251,7 +297,7 @@ def _dataset_array(path: Path, dataset: Any, ndim: int) -> Any:
     return array
 
 
-def _placed(path: Path, entry: Mapping[str, Any], arrays: Sequence[Any]) -> list[StoredLevel]:
+def _placed(path: Location, entry: Mapping[str, Any], arrays: Sequence[Any]) -> list[StoredLevel]:
     """Datasets with the scale and shift of both levels of coordinate transformations."""
     ndim = arrays[0].ndim
     outer_scale, outer_shift = _transforms(path, entry.get("coordinateTransformations"), ndim)
@@ -269,11 +315,11 @@ def _placed(path: Path, entry: Mapping[str, Any], arrays: Sequence[Any]) -> list
     return stored
 
 
-def _unreadable(path: Path, what: str) -> ImageError:
+def _unreadable(path: Location, what: str) -> ImageError:
     return ImageError(f"{path} has OME-Zarr metadata that cannot be read: {what}; correct the metadata.")
 
 
-def _ome_axes(path: Path, entry: Mapping[str, Any], version: Any) -> tuple[str, list[str | None]]:
+def _ome_axes(path: Location, entry: Mapping[str, Any], version: Any) -> tuple[str, list[str | None]]:
     """Axes in the order on disk, and their units."""
     listed = entry.get("axes")
     if listed is None and version in ("0.1", "0.2"):
@@ -290,7 +336,7 @@ def _ome_axes(path: Path, entry: Mapping[str, Any], version: Any) -> tuple[str, 
     return axes, [unit_name(item.get("unit")) for item in items]
 
 
-def _transforms(path: Path, listed: Any, ndim: int) -> tuple[list[float] | None, list[float] | None]:
+def _transforms(path: Location, listed: Any, ndim: int) -> tuple[list[float] | None, list[float] | None]:
     """Scale and translation of a list of coordinate transformations, None where there is none."""
     found: dict[str, list[float]] = {}
     for item in [] if listed is None else listed if isinstance(listed, list) else [listed]:
@@ -312,7 +358,7 @@ def _ome_channels(ome: Mapping[str, Any], n_channels: int) -> tuple[str, ...]:
     return channel_names([i.get("label") if isinstance(i, dict) else None for i in items], n_channels)
 
 
-def _only_level(image: Image, level: int, path: Path, node: _Node) -> Image:
+def _only_level(image: Image, level: int, path: Location, node: _Node) -> Image:
     """An image of one of its levels alone."""
     view = at_level(image, level)
     return replace(

@@ -8,16 +8,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..axes import spatial_axes
-from ..errors import ImageError
+from ..errors import ImageError, TiledsegError
 from ..meters import metered
-from ..waiting import is_stored
+from ..remote import Location, absent
 from .damage import BAD_FILE, failing_chunks, stored_keys, torn_chunks
 from .units import MICROMETERS
 
@@ -60,8 +59,8 @@ class Source(Protocol):
     def open(self, level: int, path: str) -> Any:
         """The array of one stored level, which can be sliced."""
 
-    def chunk_folder(self, path: str) -> Path | None:
-        """Folder of a level's chunks, None for what is no local Zarr."""
+    def chunk_folder(self, path: str) -> Location | None:
+        """Folder of a level's chunks, None for what is no stored Zarr."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ class Image:
     channels: tuple[str, ...]
     """Names, or ``"0"``, ``"1"``, ...; one if there is no channel axis."""
     source: Source
-    writable_group: Path | None = None
-    """Local OME-Zarr image that labels can be written into."""
+    writable_group: Location | None = None
+    """OME-Zarr image that labels can be written into."""
     zarr_format: int | None = None
     ome_version: str | None = None
 
@@ -155,6 +154,8 @@ class Image:
         ------
         ImageError
             If the region is outside the image, or a chunk it touches is corrupt.
+        RemoteError
+            If the store cannot be reached, or refuses.
         """
         bounds = self._bounds(level, region)
         array = self._array(level)
@@ -169,7 +170,7 @@ class Image:
             if hasattr(pixels, "__dask_graph__"):
                 pixels = pixels.compute(scheduler="threads")
         except BAD_FILE as error:
-            if not hasattr(array, "metadata") or isinstance(error, ImageError):
+            if isinstance(error, TiledsegError) or not hasattr(array, "metadata"):
                 raise
             failing = failing_chunks(array, selection)
             if not failing and isinstance(error, MemoryError):
@@ -192,8 +193,7 @@ class Image:
         Returns
         -------
         keys : list of str
-            Storage keys such as ``"0/c/1/2"`` (of shards, if there are any) of a Zarr on a local disk;
-            empty for other sources.
+            Storage keys such as ``"0/c/1/2"`` (of shards, if there are any) of a Zarr; empty for other sources.
         """
         bounds = self._bounds(level, region)
         folder = self._folder(level)
@@ -201,7 +201,7 @@ class Image:
             return []
         keys = stored_keys(self._array(level), self._on_disk(level, bounds))
         with self._reached(level):
-            return [_join(self.levels[level].path, key) for key in keys if not is_stored(folder / key, folder)]
+            return [_join(self.levels[level].path, key) for key in absent(folder, keys)]
 
     def describe(self) -> dict[str, Any]:
         """What is known about the image, ready for JSON."""
@@ -227,7 +227,7 @@ class Image:
         try:
             return self.source.open(self.levels[level].number, self.levels[level].path)
         except BAD_FILE as error:
-            if isinstance(error, ImageError):
+            if isinstance(error, TiledsegError):
                 raise
             raise ImageError(f"{self._where(level)} can no longer be opened: {error}.") from error
 
@@ -242,8 +242,8 @@ class Image:
                 "there, then run the same command again: what is done is kept."
             ) from error
 
-    def _folder(self, level: int) -> Path | None:
-        """Folder of a level's chunks, None for what is no local Zarr."""
+    def _folder(self, level: int) -> Location | None:
+        """Folder of a level's chunks, None for what is no stored Zarr."""
         return self.source.chunk_folder(self.levels[level].path)
 
     def _where(self, level: int) -> str:

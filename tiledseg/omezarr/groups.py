@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputError
+from ..remote import Location, absent
+from ..zarr_stores import new_store, zarr_store
 
 __all__ = [
     "FORMATS",
@@ -23,6 +25,7 @@ __all__ = [
     "chunk_shape",
     "count_levels",
     "create_array",
+    "is_zarr",
     "level_factors",
     "level_shape",
     "multiscales",
@@ -37,12 +40,12 @@ _CHUNK_VOLUME = {"z": 32, "y": 256, "x": 256}
 _KINDS = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 
 
-def open_group(path: Path) -> Any:
+def open_group(path: Location) -> Any:
     """Open an existing group for reading and writing.
 
     Parameters
     ----------
-    path : path
+    path : Path or RemotePath
 
     Returns
     -------
@@ -56,14 +59,27 @@ def open_group(path: Path) -> Any:
     """
     import zarr
 
-    from ..folders import FolderStore
-
-    if not any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zarray")):
+    if not is_zarr(path):
         return None
     try:
-        return zarr.open_group(FolderStore(path), mode="r+", use_consolidated=False)
+        return zarr.open_group(zarr_store(path), mode="r+", use_consolidated=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{path} is no readable Zarr group ({error}); choose another place with -o.") from error
+
+
+def is_zarr(path: Location) -> bool:
+    """Whether there is a group or an array.
+
+    Parameters
+    ----------
+    path : Path or RemotePath
+
+    Returns
+    -------
+    is_zarr : bool
+    """
+    names = ["zarr.json", ".zgroup", ".zarray"]
+    return len(absent(path, names)) < len(names)
 
 
 def ome_attributes(group: Any) -> dict[str, Any]:
@@ -145,19 +161,24 @@ def multiscales(
     return {"name": name, "axes": listed, "datasets": datasets}
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Location) -> None:
     """Refuse a path in which nothing can be written.
 
     Parameters
     ----------
-    path : path
+    path : Path or RemotePath
         Of a group, which need not exist.
 
     Raises
     ------
     OutputError
-        If a file is in the way, or the folder, or its ``labels``, is read only.
+        If a file is in the way, or the folder, or its ``labels``, is read only; or it is on a web server. Of S3
+        only writing shows whether it is allowed.
     """
+    if not isinstance(path, Path):
+        if not path.is_writable:
+            raise OutputError(f"{path} is on a web server, which is read only; give another place with -o.")
+        return
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise OutputError(f"{existing} is a file, so {path} cannot be made; choose another place with -o.")
@@ -168,7 +189,7 @@ def check_writable(path: Path) -> None:
 
 
 def create_array(
-    path: Path,
+    path: Location,
     version: str,
     axes: str,
     shape: tuple[int, ...],
@@ -181,7 +202,7 @@ def create_array(
 
     Parameters
     ----------
-    path : path
+    path : Path or RemotePath
     version : str
         Of OME-Zarr, a key of `FORMATS`.
     axes : str
@@ -198,8 +219,6 @@ def create_array(
     import zarr
     from zarr.codecs import ZstdCodec
 
-    from ..folders import new_folder
-
     own: dict[str, Any] = {
         "compressors": ZstdCodec(level=1, checksum=True),
         "dimension_names": axes,
@@ -209,7 +228,7 @@ def create_array(
         blosc = {"id": "blosc", "cname": "zstd", "clevel": 1, "shuffle": 0, "blocksize": 0}
         own = {"compressors": blosc, "chunk_key_encoding": {"name": "v2", "separator": "/"}}
     return zarr.create_array(
-        new_folder(path),
+        new_store(path),
         shape=shape,
         chunks=chunks,
         dtype=dtype,

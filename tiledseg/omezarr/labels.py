@@ -22,15 +22,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ..disk import DRAFTS, sweep
-from ..errors import ImageError, OutputError, SettingsError
+from ..errors import ImageError, OutputError, SettingsError, TiledsegError
 from ..images import Image, open_image
 from ..images.damage import BAD_FILE, failing_chunks
+from ..remote import Location, location, remove_tree
+from ..zarr_stores import new_store, zarr_store
 from .groups import (
     FORMATS,
     check_writable,
     chunk_shape,
     count_levels,
     create_array,
+    is_zarr,
     level_factors,
     level_shape,
     multiscales,
@@ -60,7 +63,7 @@ _CHUNK = 1024
 class LabelsPlan:
     """Where labels go, and how they are stored."""
 
-    root: Path
+    root: Location
     """Group that holds ``labels/``."""
     name: str
     version: str
@@ -80,7 +83,7 @@ class LabelsPlan:
     """Whether `root` is the image the labels were made from."""
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """Folder of the label image."""
         return self.root / "labels" / self.name
 
@@ -98,14 +101,14 @@ class LabelsPlan:
         return tuple(map(min, self.chunks, self.level_shape(level)))
 
 
-def plan_labels(image: Image, output: Path | None, name: str, version: str | None) -> LabelsPlan:
+def plan_labels(image: Image, output: Location | None, name: str, version: str | None) -> LabelsPlan:
     """Decide where labels go; writes nothing.
 
     Parameters
     ----------
     image : Image
         What was segmented.
-    output : path, optional
+    output : Path or RemotePath, optional
         Group to hold the labels, made if it is missing. None is the image itself.
     name : str
         Of the labels: letters, digits, ``-``, ``_`` and ``.``.
@@ -135,11 +138,11 @@ def plan_labels(image: Image, output: Path | None, name: str, version: str | Non
     if output is None and image.writable_group is None:
         raise OutputError(f"{image.name} is no OME-Zarr image that can hold labels; say where with -o OUT.zarr.")
     # Absolute: workers may run in another folder.
-    root = Path(output if output is not None else image.writable_group or "").absolute()
+    root = (output or image.writable_group or Path()).absolute()
+    check_writable(root)
     found, n_datasets = _container(root)
     if None not in (found, version) and found != version:
         raise SettingsError(f"{root} is OME-Zarr {found}, not {version}; leave out the version.")
-    check_writable(root)
     keep = [at for at, letter in enumerate(image.axes) if letter != "c"]
     axes = "".join(image.axes[at] for at in keep)
     shape = tuple(image.shape[at] for at in keep)
@@ -156,7 +159,7 @@ def plan_labels(image: Image, output: Path | None, name: str, version: str | Non
         # The specification: as many levels as the image around the labels has.
         n_levels=n_datasets or count_levels(axes, shape, _CHUNK),
         chunks=chunk_shape(axes, shape, _CHUNK),
-        in_image=image.writable_group is not None and root.resolve() == Path(image.writable_group).resolve(),
+        in_image=image.writable_group is not None and root.resolve() == image.writable_group.resolve(),
     )
 
 
@@ -200,15 +203,13 @@ def create_labels(plan: LabelsPlan, *, attributes: dict[str, Any]) -> None:
     """
     import zarr
 
-    from ..folders import new_folder
-
     try:
         sweep(*_draft_folders(plan))  # of writers that were killed
         # labels/ becomes a group in finish_labels: an image around a group that lists none is not valid.
         for path in (plan.root, plan.path):
             if open_group(path) is None:
                 own = attributes if path == plan.path else {}
-                zarr.create_group(new_folder(path), zarr_format=zarr_format(plan.version), attributes=own)
+                zarr.create_group(new_store(path), zarr_format=zarr_format(plan.version), attributes=own)
         _must_open(plan.path).attrs.update(attributes)
         for level in range(plan.n_levels):
             _create_level(plan, level)
@@ -238,11 +239,9 @@ def level_array(plan: LabelsPlan, level: int) -> Any:
     """
     import zarr
 
-    from ..folders import FolderStore
-
     try:
         folder = plan.path / str(level)
-        store = FolderStore(folder, home=plan.root, drafts=folder / DRAFTS)
+        store = zarr_store(folder, home=plan.root, drafts=folder / DRAFTS)
         return zarr.open_array(store, mode="r+", zarr_format=zarr_format(plan.version))
     except (OSError, ValueError, KeyError) as error:
         raise OutputError(f"{plan.path}/{level} cannot be opened ({error}); start the run again.") from error
@@ -272,7 +271,7 @@ def read_level(plan: LabelsPlan, level: int, region: tuple[slice, ...]) -> npt.N
     try:
         labels: npt.NDArray[np.uint32] = np.asarray(array[region])
     except BAD_FILE as error:
-        if isinstance(error, OSError | MemoryError):
+        if isinstance(error, OSError | MemoryError | TiledsegError):
             raise
         raise OutputError(
             f"chunk {', '.join(failing_chunks(array, region)) or region} of {plan.path}/{level} is damaged ({error}); "
@@ -295,11 +294,10 @@ def finish_labels(plan: LabelsPlan) -> None:
     """
     import zarr
 
-    from ..folders import new_folder
-
     sweep(*_draft_folders(plan))
-    for level in range(plan.n_levels):
-        shutil.rmtree(plan.path / str(level) / DRAFTS, ignore_errors=True)
+    for drafts in _draft_folders(plan):
+        if drafts.name == DRAFTS:
+            shutil.rmtree(drafts, ignore_errors=True)
     label_info: dict[str, Any] = {"source": {"image": "../../"}} if plan.in_image else {}
     if plan.version == "0.4":
         label_info["version"] = "0.4"
@@ -315,7 +313,7 @@ def finish_labels(plan: LabelsPlan) -> None:
     listed = _listed_labels(plan)
     if plan.name not in listed:
         if open_group(plan.root / "labels") is None:
-            zarr.create_group(new_folder(plan.root / "labels"), zarr_format=zarr_format(plan.version))
+            zarr.create_group(new_store(plan.root / "labels"), zarr_format=zarr_format(plan.version))
         update_ome(_must_open(plan.root / "labels"), plan.version, {"labels": [*listed, plan.name]})
     _refresh_consolidated(plan.root)
 
@@ -331,22 +329,17 @@ def remove_labels(plan: LabelsPlan) -> None:
     if plan.name in listed:
         left = [name for name in listed if name != plan.name]
         update_ome(_must_open(plan.root / "labels"), plan.version, {"labels": left})
-    if plan.path.is_symlink():
-        plan.path.unlink()
-    elif plan.path.exists():
-        shutil.rmtree(plan.path)
+    remove_tree(plan.path)
     folder = plan.root / "labels"
     metadata = {"zarr.json", ".zgroup", ".zattrs", ".zmetadata"}
     if folder.is_dir() and not _listed_labels(plan) and {child.name for child in folder.iterdir()} <= metadata:
-        shutil.rmtree(folder)  # a group that lists no labels would make the image around it invalid
+        remove_tree(folder)  # a group that lists no labels would make the image around it invalid
     _refresh_consolidated(plan.root)
 
 
-def _refresh_consolidated(root: Path) -> None:
+def _refresh_consolidated(root: Location) -> None:
     """Where a container keeps a copy of all metadata, make it tell of what has changed."""
     import zarr
-
-    from ..folders import FolderStore
 
     if not root.is_dir():
         return
@@ -354,14 +347,14 @@ def _refresh_consolidated(root: Path) -> None:
         # zarr warns that the copy is no part of the specification of Zarr 3; here it is there already.
         warnings.simplefilter("ignore", UserWarning)
         try:
-            zarr.open_consolidated(root)
+            zarr.open_consolidated(zarr_store(root))
         except (OSError, ValueError, KeyError):
             return
-        zarr.consolidate_metadata(FolderStore(root))
+        zarr.consolidate_metadata(zarr_store(root))
 
 
 def open_labels(path: str | Path) -> Any:
-    """A label image by path, as an array that can be sliced.
+    """A label image by path or address, as an array that can be sliced.
 
     Parameters
     ----------
@@ -378,13 +371,14 @@ def open_labels(path: str | Path) -> Any:
     ImageError
         If there is nothing there, or several label images to choose from.
     """
-    folder = Path(path)
-    group = open_group(folder / "labels") if folder.is_dir() else None
+    folder = location(path)
+    is_there = not isinstance(folder, Path) or folder.is_dir()
+    group = open_group(folder / "labels") if is_there else None
     listed = ome_attributes(group).get("labels", []) if group is not None else []
     names = [str(name) for name in listed] if isinstance(listed, list) else []
     if len(names) > 1:
         raise ImageError(f"{path} holds labels {', '.join(names)}; give one, as in {path}/labels/{names[0]}.")
-    return LevelZero(open_image(folder / "labels" / names[0] if names else path))
+    return LevelZero(open_image(str(folder / "labels" / names[0]) if names else path))
 
 
 class LevelZero:
@@ -418,7 +412,9 @@ class LevelZero:
 
 
 def _draft_folders(plan: LabelsPlan) -> list[Path]:
-    """Folders in which files of the labels are written before they get their name."""
+    """Folders in which files of the labels are written before they get their name; none of a remote store's."""
+    if not isinstance(plan.path, Path):
+        return []
     levels = [plan.path / str(level) for level in range(plan.n_levels)]
     return [plan.path.parent, plan.path, *levels, *(level / DRAFTS for level in levels)]
 
@@ -432,7 +428,7 @@ def _listed_labels(plan: LabelsPlan) -> list[str]:
     return names
 
 
-def _must_open(path: Path) -> Any:
+def _must_open(path: Location) -> Any:
     """An existing group."""
     group = open_group(path)
     if group is None:
@@ -440,7 +436,7 @@ def _must_open(path: Path) -> Any:
     return group
 
 
-def _container(root: Path) -> tuple[str | None, int]:
+def _container(root: Location) -> tuple[str | None, int]:
     """OME-Zarr version that an existing container demands, and the levels if it is an image."""
     if not root.is_dir() or not any(root.iterdir()):
         return None, 0
@@ -457,7 +453,7 @@ def _create_level(plan: LabelsPlan, level: int) -> None:
     """Make one level, or check that what is there is the same."""
     path = plan.path / str(level)
     shape, chunks = plan.level_shape(level), plan.level_chunks(level)
-    if not any((path / name).exists() for name in ("zarr.json", ".zarray", ".zgroup")):
+    if not is_zarr(path):
         create_array(path, plan.version, plan.axes, shape, chunks, np.dtype(np.uint32), keep_empty=False)
         return
     found = level_array(plan, level)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ import numpy.typing as npt
 
 from ..axes import canonical_order, check_axes, spatial_axes
 from ..errors import OutputError, SettingsError
+from ..remote import Location, location
+from ..zarr_stores import new_store
 from .groups import (
     FORMATS,
     check_writable,
@@ -51,8 +52,8 @@ def write_image(
 
     Parameters
     ----------
-    path : path
-        Must not exist, or be an empty folder.
+    path : path or address
+        Must not exist, or be an empty folder; of a remote store, ``s3://`` only.
     array : numpy or dask array
         Pixels in the order of `axes`; the dtype is kept.
     axes : str
@@ -77,21 +78,19 @@ def write_image(
     """
     import zarr
 
-    from ..folders import new_folder
-
-    path = Path(path)
+    place = location(path)
     space = spatial_axes(axes)
-    n_channels = _check_image(path, array.shape, axes, spacing_um, channels, version)
+    n_channels = _check_image(place, array.shape, axes, spacing_um, channels, version)
     steps = dict(zip(space, spacing_um, strict=True)) if spacing_um else {}
     count = n_levels or count_levels(axes, array.shape, chunk)
     factors = [level_factors(axes, array.shape, level) for level in range(count)]
     sizes = [steps.get(axis, 1.0) for axis in axes]
     scales = [[size * factor for size, factor in zip(sizes, of, strict=True)] for of in factors]
     shifts = [[size * (factor - 1) / 2 for size, factor in zip(sizes, of, strict=True)] for of in factors]
-    group = zarr.create_group(new_folder(path), zarr_format=zarr_format(version))
-    _write_levels(path, array, version, axes, count, chunk)
+    group = zarr.create_group(new_store(place), zarr_format=zarr_format(version))
+    _write_levels(place, array, version, axes, count, chunk)
     units = ["micrometer" if axis in steps else None for axis in axes]
-    entry = multiscales(path.name.split(".")[0], axes, units, scales, shifts)
+    entry = multiscales(place.name.split(".")[0], axes, units, scales, shifts)
     entry["type"] = "mean"
     entry["metadata"] = {
         "description": "mean of 2 pixels of the level before along each axis that is halved",
@@ -103,7 +102,7 @@ def write_image(
     update_ome(group, version, ome)
 
 
-def _write_levels(path: Path, array: Any, version: str, axes: str, n_levels: int, chunk: int) -> None:
+def _write_levels(path: Location, array: Any, version: str, axes: str, n_levels: int, chunk: int) -> None:
     """Write every level from the one before, chunk by chunk."""
     before: Any = array
     for level in range(n_levels):
@@ -116,7 +115,7 @@ def _write_levels(path: Path, array: Any, version: str, axes: str, n_levels: int
 
 
 def _check_image(
-    path: Path,
+    path: Location,
     shape: Sequence[int],
     axes: str,
     spacing_um: Sequence[float] | None,
@@ -131,9 +130,9 @@ def _check_image(
         raise SettingsError(f"axes {axes!r} in OME-Zarr {version!r} cannot be written; use 'tczyx' in 0.4 or 0.5.")
     if (channels and len(channels) != n_channels) or (spacing_um and len(spacing_um) != n_spatial):
         raise SettingsError(f"{path} has axes {axes!r}; give {n_channels} channels and {n_spatial} spacings.")
+    check_writable(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(f"{path} exists already; choose another path.")
-    check_writable(path)
     return n_channels
 
 
