@@ -449,10 +449,11 @@ def _summary_text(facts: dict[str, Any]) -> list[str]:
         lines.append("resumed      " + ", ".join(f"{stage} {n} pieces kept" for stage, n in kept.items()))
     if facts["quarantined"]:
         lines.append("set aside    " + "; ".join(facts["quarantined"]) + " (by earlier calls; now done)")
+    precision = f", in {facts['model']['precision']}" if facts["model"] else ""
     lines += [
         "seconds      " + _seconds_text(facts),
         f"peak memory  {facts['peak_memory'] / 2**30:.2f} GiB over all processes",
-        f"worked on    {facts['device']}, {facts['workers']}",
+        f"worked on    {facts['device']}, {facts['workers']}{precision}",
         f"labels       {facts['labels']}",
         f"table        {facts['table']}",
         f"report       {facts['report']}",
