@@ -20,7 +20,6 @@ from urllib.parse import quote
 from .patience import NothingThereError, request
 from .remote_clients import client_of
 from .urls import is_remote, split_address
-from .waiting import is_stored
 
 __all__ = ["Location", "RemotePath", "absent", "location", "read_file", "remove_tree"]
 
@@ -203,7 +202,7 @@ def absent(folder: Location, keys: Sequence[str]) -> list[str]:
         In the same order.
     """
     if isinstance(folder, Path):
-        return [key for key in keys if not is_stored(folder / key, folder)]
+        return [key for key in keys if not (folder / key).is_file()]
     with ThreadPoolExecutor(ASKED_AT_ONCE, "tiledseg-asking") as pool:
         are_there = list(pool.map(lambda key: (folder / key).is_file(), keys))
     return [key for key, is_there in zip(keys, are_there, strict=True) if not is_there]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..axes import spatial_axes
 from ..errors import ImageError, TiledsegError
 from ..meters import metered
 from ..remote import Location, absent
+from ..waiting import is_stored
 from .damage import BAD_FILE, failing_chunks, stored_keys, torn_chunks
 from .units import MICROMETERS
 
@@ -201,7 +203,11 @@ class Image:
             return []
         keys = stored_keys(self._array(level), self._on_disk(level, bounds))
         with self._reached(level):
-            return [_join(self.levels[level].path, key) for key in absent(folder, keys)]
+            if isinstance(folder, Path):
+                missing = [key for key in keys if not is_stored(folder / key, folder)]
+            else:
+                missing = absent(folder, keys)
+            return [_join(self.levels[level].path, key) for key in missing]
 
     def describe(self) -> dict[str, Any]:
         """What is known about the image, ready for JSON."""
