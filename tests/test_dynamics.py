@@ -382,7 +382,15 @@ def test_the_gpu_has_nothing_to_do_where_nothing_is() -> None:
     assert gpu.flow_errors(nothing, flows, np.zeros((0, 2, 2), np.int64), "cpu").size == 0
 
 
-def test_a_busy_gpu_is_not_waited_for() -> None:
+def test_without_a_gpu_masks_are_made_on_the_cpu() -> None:
+    import torch
+
+    with gpu.idle_device("cuda") as device:
+        assert device == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_busy_gpu_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_is_idle", lambda: True)  # no machine of ours has one
     with gpu.idle_device("cuda") as first, gpu.idle_device("cuda") as second:
         assert (first, second) == ("cuda", "cpu")
     with gpu.idle_device("cuda") as third, gpu.idle_device("cpu") as fourth:

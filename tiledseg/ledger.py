@@ -30,7 +30,9 @@ class Work:
     wall_seconds : float
         From before the first stage to after the last.
     seconds : dict of str to float
-        Per stage; together more than `wall_seconds` if stages run at the same time.
+        Per stage; flows and masks may be at work at once, and both count then.
+    seconds_at_once : float
+        In which more than one stage was at work.
     computed : dict of str to int
         Pieces per stage.
     n_tiles, n_skipped_tiles : int
@@ -52,6 +54,7 @@ class Work:
 
     wall_seconds: float
     seconds: dict[str, float]
+    seconds_at_once: float
     computed: dict[str, int]
     n_tiles: int
     n_skipped_tiles: int
@@ -72,6 +75,7 @@ class Work:
         return cls(
             wall_seconds=wall_seconds,
             seconds=progress.seconds_so_far(),
+            seconds_at_once=progress.seconds_at_once,
             computed=dict(progress.computed),
             n_tiles=whole.counts.get("n_tiles", 0),
             n_skipped_tiles=whole.counts.get("n_skipped_tiles", 0),

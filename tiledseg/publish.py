@@ -101,7 +101,8 @@ def _level(job: Job, level: int) -> tuple[Any, list[Region]]:
     """The array of a level and its regions."""
     if job.plan is None:
         labels = job.store.open(f"{job.labels}/published")
-        return labels, _regions(labels.shape, (*(1,) * (labels.ndim - 2), *(min(n, REGION) for n in labels.shape[-2:])))
+        shape = labels.shape
+        return labels, _regions(shape, (*(1,) * (len(shape) - 2), *(min(n, REGION) for n in shape[-2:])))
     array = level_array(job.plan, level)
     return array, _regions(array.shape, array.chunks)
 
