@@ -22,7 +22,7 @@ from distributed import WorkerPlugin
 
 TASKS = {
     "flows": ("tiledseg.flows", "compute_chunk"),
-    "forward pass": ("tiledseg.networks.runner", "Network.predict"),
+    "forward pass": ("tiledseg.networks.runner", "Network.start"),
     "masks": ("tiledseg.masks", "label_block"),
     "stitch": ("tiledseg.stitch", "match_block"),
     "publish": ("tiledseg.publish", "paint_region"),

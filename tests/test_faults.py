@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pytest
 
 import tiledseg
-from tiledseg.errors import ClusterError, ImageError, OutputError, ScratchError, TiledsegError
+from tiledseg.errors import ClusterError, ImageError, OutputError, QuarantineError, ScratchError, TiledsegError
 from tiledseg.omezarr import write_image
 from tiledseg.slides import synthetic_slide
 
@@ -284,20 +284,21 @@ def test_nothing_is_lost(
 
 
 @pytest.mark.slow
-def test_a_task_that_always_kills_its_worker_is_named_and_the_rest_kept(
+def test_a_task_that_always_kills_its_worker_is_set_aside_and_the_rest_done(
     image_path: Path, folder: Path, client: Any, sabotaged: Callable[..., None], undisturbed: Undisturbed
 ) -> None:
     scene = Scene(image_path, folder, True, client)
     client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 0))
     try:
         sabotaged(scene.log, "masks", sabotage.kill, always=5)
-        with pytest.raises(ClusterError, match=r"workers died repeatedly at tiledseg\.masks 5, .*what is done is kept"):
+        with pytest.raises(QuarantineError, match=r"1 piece has failed whenever tried: masks .*workers die at it"):
             scene.run()
     finally:
         client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 3))
     scene.log.with_suffix(".mended").touch()
     found = scene.run()
-    assert found.report.kept["masks"] > 0
+    assert found.report.computed["masks"] == 1
+    assert len(found.report.quarantined) == 1
     check(scene, found, undisturbed(scene), culprit="5")
 
 
