@@ -1,4 +1,4 @@
-"""Who may talk to the processes of a run: nobody from outside, and over TLS nobody without a certificate."""
+"""Who may talk to a run over TLS: nobody without a certificate."""
 
 from __future__ import annotations
 
@@ -12,29 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import zarr
 
 import tiledseg
 from tiledseg.cli import main
-from tiledseg.cluster import connect
 from tiledseg.omezarr import write_image
 
 from .conftest import Slide
-
-
-def listening(process: psutil.Process) -> set[str]:
-    """Addresses at which a process waits for others."""
-    return {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-
-
-def test_a_local_cluster_listens_on_loopback_only() -> None:
-    with connect(workers=2, device="cpu"):
-        here = psutil.Process()
-        workers = [child for child in here.children(recursive=True) if listening(child)]
-        assert len(workers) == 2
-        assert set.union(*map(listening, [here, *workers])) == {"127.0.0.1"}
 
 
 def make_certificate(folder: Path) -> dict[str, str]:
