@@ -367,7 +367,9 @@ def test_a_run_waits_for_a_server_that_comes_back(
     assert found.report.computed == here.report.computed
     said = [record.message for record in caplog.records if record.name == "tiledseg.patience"]
     assert re.fullmatch(rf"{server.url}: .* connection.*; trying again for 60 s\.", said[0])
-    assert said[1:] == [f"{server.url} answers again."]
+    # What was under way when the server went may be answered in between.
+    assert set(said[1::2]) == {f"{server.url} answers again."}
+    assert len(said) % 2 == 0
 
 
 @pytest.mark.usefixtures("hasty")
