@@ -226,8 +226,8 @@ class FlowsConfig:
     precision: str = _option(
         "auto",
         "of the network: 'bfloat16' is up to twice as fast where the hardware computes in it, and moves some outlines "
-        "by a pixel; 'auto' is bfloat16 where every GPU that works has it, or for U-Nets every CPU, and what a run "
-        "began with when it goes on",
+        "by a pixel; 'auto' is float32, but bfloat16 for transformers where every GPU that works has it, and what a "
+        "run began with when it goes on",
         choices=("auto", "float32", "bfloat16"),
     )
     tile_overlap: float = _option(

@@ -35,7 +35,7 @@ from images import Example, mosaic, synthetic
 from report import Table, Target, finish, parser, save
 from runs import Bench, prepare, row_of
 
-OURS = ("tiledseg", "tiledseg-f32")
+OURS = ("tiledseg", "tiledseg-bf16")
 WHO = (*OURS, "untiled", "contrib", "patchworks")
 COLUMNS = {
     "image": 16,
@@ -62,7 +62,7 @@ def targets_of(rows: Sequence[dict[str, Any]]) -> list[Target]:
     for name in dict.fromkeys(row["image"] for row in rows):
         of_image = {row["who"]: row for row in rows if row["image"] == name and "AP" in row}
         ours = of_image.pop("tiledseg", None)
-        in_float32 = of_image.pop("tiledseg-f32", None)
+        halved = of_image.pop("tiledseg-bf16", None)
         if ours is None:
             targets.append(Target(f"{name}: runs of tiledseg that ended well", 0, 1, needs_size=False))
             continue
@@ -73,10 +73,10 @@ def targets_of(rows: Sequence[dict[str, Any]]) -> list[Target]:
         if tiled:
             fastest = min(tiled, key=lambda who: tiled[who])
             targets.append(Target(f"{name}: times faster than the fastest peer, {fastest}", tiled[fastest], limit))
-            if in_float32 is not None:
-                ratio = of_image[fastest]["seconds"] / in_float32["seconds"]
-                targets.append(Target(f"{name}: the same with --precision float32", ratio, limit))
-                targets.append(Target(f"{name}: objects cut with float32", in_float32["cut"], 0, False, False))
+            if halved is not None:
+                ratio = of_image[fastest]["seconds"] / halved["seconds"]
+                targets.append(Target(f"{name}: the same with --precision bfloat16", ratio, limit))
+                targets.append(Target(f"{name}: objects cut with bfloat16", halved["cut"], 0, False, False))
         if "untiled" in of_image:
             targets.append(Target(f"{name}: times faster than untiled Cellpose", ratios["untiled"], 1))
             at_seams = of_image["untiled"]["at seams"]

@@ -157,8 +157,8 @@ def row_of(bench: Bench, who: str) -> dict[str, Any]:
     row: dict[str, Any] = {"image": bench.example.name, "who": who}
     if who.startswith("tiledseg"):
         options: dict[str, Any] = {"diameter": bench.example.diameter, "block": bench.block}
-        if who == "tiledseg-f32":
-            options["precision"] = "float32"
+        if who == "tiledseg-bf16":
+            options["precision"] = "bfloat16"
         measured, _ = run_tiledseg(bench.folder, bench.folder / "image.ome.zarr", options, bench.cores)
         labels = tiledseg_labels(bench.folder) if measured.code == 0 else None
     else:

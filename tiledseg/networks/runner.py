@@ -177,10 +177,10 @@ def precision_of(model: Model, device: str, has_bfloat16: bool) -> str:
     Returns
     -------
     precision : str
-        ``"bfloat16"`` on such GPUs: transformers are trained in it, and GPUs are made for it. For U-Nets on such CPUs:
-        there it is 1.6 to 2.1 times as fast, and finds the same cells. ``"float32"`` otherwise.
+        ``"bfloat16"`` for transformers on such GPUs: they are trained in it, and twice as fast. ``"float32"`` otherwise:
+        U-Nets would be faster, but on held-out images their outlines are worse (AP at IoU 0.75 lower by 0.01).
     """
-    is_half = has_bfloat16 and (device == "cuda" or model.architecture == "unet")
+    is_half = has_bfloat16 and device == "cuda" and model.architecture != "unet"
     return "bfloat16" if is_half else "float32"
 
 
