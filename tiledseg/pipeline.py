@@ -383,7 +383,7 @@ def _in_precision(
     have = [it for it in executor.ask(functools.partial(computes_in_bfloat16, device)) if it is not None]
     if precision == "auto":
         precision = precision_of(model, device, all(have))
-        if any(have) and not all(have):
+        if any(have) and precision != precision_of(model, device, True):
             logger.info("not every worker's %s computes in bfloat16: the network computes in float32 on all.", what)
     if precision == "bfloat16" and not all(have):
         logger.warning("this %s does not compute in bfloat16: the network would be faster in float32.", what)
