@@ -178,7 +178,7 @@ def precision_of(model: Model, device: str, has_bfloat16: bool) -> str:
     -------
     precision : str
         ``"bfloat16"`` for transformers on such GPUs: they are trained in it, and twice as fast. ``"float32"``
-        otherwise: U-Nets would be faster, but on held-out images their outlines are worse (AP at IoU 0.75 lower by 0.01).
+        otherwise: U-Nets would be faster, but on held-out images their outlines are worse (AP at 0.75 lower by 0.01).
     """
     is_half = has_bfloat16 and device == "cuda" and model.architecture != "unet"
     return "bfloat16" if is_half else "float32"
