@@ -15,10 +15,12 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import dask
+import distributed
 import numpy as np
 import psutil
 import pytest
@@ -220,6 +222,35 @@ def test_a_local_cluster_listens_on_loopback_only_and_is_gone_with_its_context()
         workers = executor.ask(os.getpid)
     assert heard == {"127.0.0.1"}
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in workers)
+
+
+def failing(item: int) -> int:
+    """Task: 3 fails."""
+    if item == 3:
+        raise ArithmeticError(item)
+    return item
+
+
+def test_a_result_that_is_lost_before_it_is_fetched_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """distributed raises in its own tracking of a task that fails when it is done again for a lost result."""
+
+    async def lost(future: Any, raiseit: bool = True) -> Any:
+        await future._state.wait()
+        if future.status == "error":
+            raise future._state.exception
+        return await whole(future, raiseit)
+
+    whole = distributed.Future._result
+    monkeypatch.setattr(distributed.Future, "_result", lost)
+    with connect(workers=1) as executor, ThreadPoolExecutor(1) as beside:
+        done: list[int] = []
+
+        def work() -> None:
+            done.extend(item for item, _ in executor.stream(failing, range(8), name="masks"))
+
+        with pytest.raises(QuarantineError, match="1 piece has failed whenever tried: masks 3 "):
+            beside.submit(work).result(timeout=60)
+    assert sorted(done) == [0, 1, 2, 4, 5, 6, 7]
 
 
 def test_a_task_that_kills_its_workers_is_set_aside_and_one_that_freezes_them_given_to_others(

@@ -43,6 +43,7 @@ NETWORK_AT_ONCE = 3
 """Tasks in this process that share its GPU: one computes while others read and write."""
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "inproc"}
 POLL_S = 0.1
+FAILED = ("error", "cancelled", "lost")
 SILENT_S = 60.0
 """Without a worker for what is to be done for so long, it is said aloud."""
 
@@ -325,6 +326,7 @@ class _DaskPool:
         self._client, self._workers = client, workers
         self._stream, self._numbers = uuid.uuid4().hex[:8], itertools.count()
         self._live: dict[Any, tuple[Any, str]] = {}
+        self._failed: set[Any] = set()
         self._ended = as_completed(loop=client.loop, with_results=True, raise_errors=False)
         self._lacks_since: float | None = None
 
@@ -349,17 +351,29 @@ class _DaskPool:
 
     def ended(self) -> Iterator[tuple[Any, BaseException | None, Any]]:
         """Wait until something ends."""
-        condition = self._ended.thread_condition
-        while not self._ended.has_ready():
+        condition, stranded = self._ended.thread_condition, list[Any]()
+        while not self._ended.has_ready() and not stranded:
             with condition:
                 # Asked again under its lock: what ends meanwhile wakes this thread.
                 if not self._ended.has_ready():
                     condition.wait(POLL_S)
             self._look_for_workers()
-        for future, result in self._ended.next_batch(block=False):
-            del self._live[future.key]
+            stranded = self._stranded()
+        for future, result in [*self._ended.next_batch(block=False), *((future, None) for future in stranded)]:
+            if self._live.pop(future.key, None) is None:
+                continue  # handed back as stranded before
             error = _error_of(future, result)
             yield future.key, error, None if error else result
+
+    def _stranded(self) -> list[Any]:
+        """Futures that have failed for longer than it takes to be told.
+
+        `distributed.as_completed` forgets a task that had ended, whose result was lost with its worker before it was
+        fetched, and that failed when it was done again: fetching raises where nobody looks.
+        """
+        failed = {key for key, (future, _) in self._live.items() if future.status in FAILED}
+        again, self._failed = failed & self._failed, failed
+        return [self._live[key][0] for key in again]
 
     def _look_for_workers(self) -> None:
         """Say it when nobody is there for long who could do what is in flight."""
