@@ -43,7 +43,7 @@ NETWORK_AT_ONCE = 3
 """Tasks in this process that share its GPU: one computes while others read and write."""
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "inproc"}
 POLL_S = 0.1
-FAILED = ("error", "cancelled", "lost")
+FAILED = ("error", "cancelled")
 SILENT_S = 60.0
 """Without a worker for what is to be done for so long, it is said aloud."""
 
