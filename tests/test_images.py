@@ -600,7 +600,12 @@ def test_truncated_tiff(tmp_path, options):
 def test_one_strip_warns_if_compressed(tmp_path, caplog):
     tifffile.imwrite(tmp_path / "a.tif", noise(64, 64), compression="zlib", rowsperstrip=64)
     array = whole(open_image(tmp_path / "a.tif"))
-    assert caplog.text.count("is compressed as one strip, so any window reads a whole plane; save it tiled") == 1
+    assert (
+        caplog.text.count(
+            "is compressed as one strip, so any window reads a whole plane; tiledseg convert reads each once"
+        )
+        == 1
+    )
     caplog.clear()
     tifffile.imwrite(tmp_path / "b.tif", array, rowsperstrip=64)
     np.testing.assert_array_equal(whole(open_image(tmp_path / "b.tif")), array)
@@ -721,6 +726,13 @@ def test_real_ome_zarrs(caplog):
 
 @needs_data
 @pytest.mark.data
-def test_a_czi_is_no_tiff():
-    with pytest.raises(ImageError, match="not a readable TIFF"):
+def test_a_czi_that_is_no_slide():
+    with pytest.raises(ImageError, match=r"\.czi is no slide that OpenSlide reads \(.*\); save it as OME-TIFF"):
         open_image(Path(str(DATA)) / "ome_tiff_samples/s_1_t_1_c_1_z_1.czi")
+
+
+def test_an_open_image_is_given_back():
+    image = open_image(np.zeros((4, 5), np.uint8))
+    assert open_image(image) is image
+    with pytest.raises(ImageError, match="numpy array is open already, with axes 'yx'; leave the axes out"):
+        open_image(image, axes="yx")

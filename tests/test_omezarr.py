@@ -1,7 +1,8 @@
-"""Labels out and in: read back by us, and judged by two independent validators."""
+"""Labels out and in: read back by us, and judged by three independent validators."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -9,14 +10,17 @@ import shutil
 from pathlib import Path
 
 import dask.array as da
+import jsonschema
 import numpy as np
 import ome_zarr_models
 import pytest
+import referencing
 import tifffile
 import yaozarrs
 import zarr
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from referencing.jsonschema import DRAFT202012
 
 from tiledseg.errors import ImageError, OutputError, SettingsError
 from tiledseg.images import open_image
@@ -24,6 +28,7 @@ from tiledseg.omezarr import (
     LevelZero,
     create_labels,
     finish_labels,
+    groups,
     labels_exist,
     level_array,
     open_labels,
@@ -31,6 +36,8 @@ from tiledseg.omezarr import (
     remove_labels,
     write_image,
 )
+
+labels_module = importlib.import_module("tiledseg.omezarr.labels")
 
 RNG = np.random.default_rng(11)
 DATA = os.environ.get("TILEDSEG_DATA")
@@ -60,10 +67,25 @@ def ome_of(folder: Path):
 
 
 def validate(path: Path, version: str):
-    """Both validators; the labels group of 0.4 has no version for yaozarrs to go by."""
+    """Three validators; the labels group of 0.4 has no version for yaozarrs to go by."""
     if version == "0.5" or path.name != "labels":
         yaozarrs.validate_zarr_store(str(path))
     ome_zarr_models.open_ome_zarr(str(path), version=version)
+    if path.parent.name == "labels":
+        document = json.loads((path / ".zattrs").read_text()) if version == "0.4" else {"ome": ome_of(path)}
+        for kind in ("label", "strict_image"):
+            schema_of(kind, version).validate(document)
+
+
+def schema_of(kind: str, version: str):
+    """A schema of the specification, as ngff-zarr has it."""
+    folder = Path(importlib.util.find_spec("ngff_zarr").origin).parent / "spec" / version / "schemas"
+    documents = [json.loads(file.read_text()) for file in folder.glob("*.schema")]
+    registry = referencing.Registry().with_contents(
+        [(document["$id"], document) for document in documents], default_specification=DRAFT202012
+    )
+    chosen = json.loads((folder / f"{kind}.schema").read_text())
+    return jsonschema.Draft202012Validator(chosen, registry=registry)
 
 
 @pytest.fixture
@@ -78,18 +100,23 @@ def image_of(tmp_path):
 # ---- validity ------------------------------------------------------------------------------------
 
 
-@VERSIONS
+@pytest.mark.parametrize(("version", "shard"), [("0.4", False), ("0.5", False), ("0.5", True)])
 @pytest.mark.parametrize(
     ("axes", "shape"),
     [("yx", (70, 51)), ("cyx", (2, 70, 51)), ("zyx", (3, 70, 51)), ("tczyx", (2, 2, 3, 70, 51))],
 )
 @pytest.mark.parametrize("inside", [True, False])
-def test_labels_are_valid(tmp_path, image_of, version, axes, shape, inside):
+def test_labels_are_valid(tmp_path, image_of, monkeypatch, version, axes, shape, inside, shard):
+    monkeypatch.setattr(labels_module, "_CHUNK", 16)
+    monkeypatch.setitem(groups._CHUNK_VOLUME, "y", 16)
+    monkeypatch.setitem(groups._CHUNK_VOLUME, "x", 16)
+    monkeypatch.setattr(groups, "_SHARD_PIXELS", 32 * 32 * 3)
     spacing = (0.5,) * (2 + ("z" in axes))
     image = image_of(axes, shape, version, spacing_um=spacing)
-    plan = plan_labels(image, None if inside else tmp_path / "out.zarr", "cells", version)
+    plan = plan_labels(image, None if inside else tmp_path / "out.zarr", "cells", version, shard)
     labels = noise(*plan.shape, dtype="uint32")
     publish(plan, labels, tiledseg={"run": "1"})
+    assert (level_array(plan, 0).shards is not None) == shard
     for path in (plan.path, plan.root / "labels", tmp_path / "a.ome.zarr"):
         validate(path, version)
     back = open_image(plan.path)
@@ -102,7 +129,8 @@ def test_labels_are_valid(tmp_path, image_of, version, axes, shape, inside):
         assert back.levels[level].scale[-2:] == (step, step)
         assert back.levels[level].offset[-2:] == (0.0, 0.0)
     source = ome_of(plan.path)["image-label"].get("source")
-    assert source == ({"image": "../../"} if inside else None)
+    assert source == {"image": "../../" if inside else "../../../a.ome.zarr"}
+    assert (plan.path / source["image"]).resolve() == (tmp_path / "a.ome.zarr").resolve()
     assert "colors" not in ome_of(plan.path)["image-label"]
 
 
@@ -127,6 +155,44 @@ def test_storage(image_of, version):
     assert not (plan.root / ".zmetadata").exists()
 
 
+def test_a_schema_refuses_labels_called_by_strings():
+    document = {"ome": {"version": "0.5", "image-label": {"colors": [{"label-value": "1"}]}}}
+    assert not schema_of("label", "0.5").is_valid(document)
+
+
+def test_shards(tmp_path):
+    large = open_image(da.zeros((40, 3, 5000, 2049), chunks=1000), axes="zcyx")
+    plan = plan_labels(large, tmp_path / "out.zarr", "cells", None, shard=True)
+    assert (plan.chunks, plan.shards) == ((32, 256, 256), (64, 512, 512))
+    assert plan.level_shards(0) == (64, 512, 512)
+    assert (plan.level_chunks(4), plan.level_shards(4)) == ((32, 256, 129), (64, 512, 129))
+    slide = open_image(da.zeros((100_000, 90_000), chunks=10_000))
+    sharded, plain = (plan_labels(slide, tmp_path / "out.zarr", "cells", None, shard) for shard in (True, False))
+    assert sharded.shards == (4096, 4096)
+    assert plain.shards is None
+    assert (plain.n_files, sharded.n_files) == (11532, 754)
+    assert [sharded.level_shards(k) for k in (5, 6, 7)] == [(4096, 3072), (2048, 2048), None]
+    series = open_image(da.zeros((1000, 200, 300), chunks=100), axes="tyx")
+    assert plan_labels(series, tmp_path / "out.zarr", "cells", None, shard=True).shards == (256, 200, 300)
+
+
+def test_shards_want_a_version_that_has_them(image_of, tmp_path):
+    image = image_of(version="0.4")
+    with pytest.raises(SettingsError, match=r"OME-Zarr 0\.4, in which .*a\.ome\.zarr is written, has no shards; leave"):
+        plan_labels(image, None, "cells", None, shard=True)
+    with pytest.raises(SettingsError, match=r"out\.zarr is written, has no shards"):
+        plan_labels(image, tmp_path / "out.zarr", "cells", "0.4", shard=True)
+    assert plan_labels(image, tmp_path / "out.zarr", "cells", None, shard=True).shards is not None
+
+
+def test_labels_left_in_other_shards_are_refused(image_of, monkeypatch):
+    monkeypatch.setattr(labels_module, "_CHUNK", 16)
+    image = image_of()
+    create_labels(plan_labels(image, None, "cells", None), attributes={})
+    with pytest.raises(OutputError, match=r"cells/0 is left from another run"):
+        create_labels(plan_labels(image, None, "cells", None, shard=True), attributes={})
+
+
 # ---- the plan ------------------------------------------------------------------------------------
 
 
@@ -148,6 +214,20 @@ def test_levels_follow_the_image_inside_and_the_size_outside(tmp_path, image_of)
     assert plan.level_chunks(5) == (32, 157, 65)
     thick = plan_labels(open_image(da.zeros((300, 700, 600)), axes="zyx"), tmp_path / "out.zarr", "cells", None)
     assert [thick.level_shape(k) for k in range(thick.n_levels)] == [(300, 700, 600), (150, 350, 300), (75, 175, 150)]
+
+
+def test_labels_of_thick_planes_have_the_levels_of_their_image(tmp_path):
+    planes = da.zeros((300, 700, 600), dtype="u1", chunks=256)
+    write_image(tmp_path / "a.zarr", planes, axes="zyx", spacing_um=(2.0, 0.5, 0.5), n_levels=4, chunk=256)
+    image = open_image(tmp_path / "a.zarr")
+    plan = plan_labels(image, None, "cells", None)
+    shapes = [(300, 700, 600), (300, 350, 300), (300, 175, 150), (150, 88, 75)]
+    assert [plan.level_shape(k) for k in range(plan.n_levels)] == shapes
+    assert [level.shape for level in image.levels] == shapes
+    create_labels(plan, attributes={})
+    finish_labels(plan)
+    scales = [level.scale for level in open_image(tmp_path / "a.zarr/labels/cells").levels]
+    assert scales == [level.scale for level in image.levels]
 
 
 def test_output_that_is_the_image_itself(image_of, tmp_path):

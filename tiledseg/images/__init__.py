@@ -1,4 +1,4 @@
-"""Opening inputs: OME-Zarr, Zarr, TIFF and arrays in memory behind one :class:`Image`.
+"""Opening inputs: OME-Zarr, Zarr, N5, TIFF, slides, HDF5 and arrays in memory behind one :class:`Image`.
 
 An image is opened from its metadata alone. Pixels are read region by region, in the canonical order
 of axes, from any process: only a path travels. Metadata is written by others and is not trusted.
@@ -38,10 +38,12 @@ def open_image(source: Any, *, axes: str | None = None, allow_bool: bool = False
 
     Parameters
     ----------
-    source : str, path, zarr.Array, dask array or numpy array
-        An OME-Zarr 0.4 or 0.5 image, a Zarr array, a TIFF or OME-TIFF, a path inside a Zarr container,
-        the address of a Zarr (``s3://BUCKET/KEY``, ``http(s)://HOST/PATH``), or an array. A
-        dask array is computed region by region, in threads of this process.
+    source : str, path, Image, zarr.Array, dask array or numpy array
+        An OME-Zarr 0.4 or 0.5 image, a Zarr array, a path inside a Zarr container, the address of a Zarr
+        (``s3://BUCKET/KEY``, ``http(s)://HOST/PATH``), a TIFF or OME-TIFF, many TIFFs as a pattern
+        (``planes/img_{z}.tif``, see `from_folder`), a whole slide, a dataset of HDF5 (``images.h5/raw``) or N5, or an
+        array. A dask array is computed region by region, in threads of this process. An image that is open already is
+        given back.
     axes : str, optional
         Axes of the stored array, in its order, where the file does not say.
     allow_bool : bool
@@ -69,9 +71,12 @@ def _opened(source: Any, axes: str | None) -> Image:
     """An image by whatever reader its source needs."""
     import zarr
 
-    from .from_tiff import open_tiff
     from .from_zarr import open_zarr
 
+    if isinstance(source, Image):
+        if axes is not None:
+            raise ImageError(f"{source.name} is open already, with axes {source.axes!r}; leave the axes out.")
+        return source
     if isinstance(source, zarr.Array):
         if isinstance(source.store, zarr.storage.LocalStore):
             return open_zarr(Path(source.store.root) / source.path, axes)
@@ -85,9 +90,36 @@ def _opened(source: Any, axes: str | None) -> Image:
     path = location(source)
     if not isinstance(path, Path):
         return open_zarr(path, axes)
+    return _opened_path(path, axes)
+
+
+def _opened_path(path: Path, axes: str | None) -> Image:
+    """An image on a disk."""
+    from .from_folder import has_letters, open_folder
+    from .from_hdf5 import open_hdf5, split_hdf5
+    from .from_n5 import is_n5, open_n5
+    from .from_slide import is_slide, open_slide
+    from .from_tiff import open_tiff
+    from .from_zarr import open_zarr
+
+    if (in_hdf5 := split_hdf5(path)) is not None:
+        return open_hdf5(*in_hdf5, axes)
+    if path.is_file():
+        return open_slide(path, axes) if is_slide(path) else open_tiff(path, axes)
     if not path.exists():
+        if has_letters(path):
+            return open_folder(path, axes)
         raise ImageError(f"{path} does not exist; check the path.")
-    return open_zarr(path, axes) if path.is_dir() else open_tiff(path, axes)
+    if any((path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup")):
+        return open_zarr(path, axes)
+    if is_n5(path):
+        return open_n5(path, axes)
+    if any(child.suffix.lower() in (".tif", ".tiff") for child in path.iterdir()):
+        raise ImageError(
+            f"{path} is a folder of TIFFs; say what the numbers in their names mean, e.g. {path}/img_{{z}}.tif for "
+            "planes, t and c likewise, y and x for tiles."
+        )
+    return open_zarr(path, axes)
 
 
 def channel_index(image: Image, channel: str | int | None) -> int:

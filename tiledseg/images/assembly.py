@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from ..axes import canonical_order, check_axes, spatial_axes
 from ..errors import ImageError
 from .image import Image, Level, Source
+from .units import is_number
 
 __all__ = [
     "StoredLevel",
@@ -179,18 +179,3 @@ def channel_names(names: Sequence[Any], n_channels: int) -> tuple[str, ...]:
     """
     named = [name if isinstance(name, str) and name else str(i) for i, name in enumerate(names)][:n_channels]
     return (*named, *(str(i) for i in range(len(named), n_channels)))
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of metadata is a finite number.
-
-    Parameters
-    ----------
-    value : object
-        As JSON or a TIFF tag gives it; a bool is no number.
-
-    Returns
-    -------
-    is_number : bool
-    """
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

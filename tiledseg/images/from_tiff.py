@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..axes import ALL_AXES, check_axes
 from ..errors import ImageError
@@ -23,6 +24,9 @@ from .units import MICROMETERS, unit_name
 __all__ = ["TiffSource", "open_tiff"]
 
 _log = logging.getLogger(__name__)
+
+_WINDOW = 1024
+"""Pixels along y and x that are read at once where any window can be."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class TiffSource:
         """None: the chunks lie inside the file."""
 
 
-def open_tiff(path: Path, axes: str | None) -> Image:
+def open_tiff(path: Path, axes: str | None, *, aloud: bool = True) -> Image:
     """Open the first series of a TIFF, with its pyramid.
 
     Parameters
@@ -49,6 +53,8 @@ def open_tiff(path: Path, axes: str | None) -> Image:
     path : path
     axes : str, optional
         Axes of the stored array, in its order, instead of those of the file.
+    aloud : bool
+        Whether to say it if any window reads a whole plane.
 
     Returns
     -------
@@ -72,22 +78,43 @@ def open_tiff(path: Path, axes: str | None) -> Image:
             calibration, channels = _tiff_calibration(tif, series)
             levels = [level for level in series.levels if level.ndim == series.ndim]
             check_array(series.shape, np.dtype(series.dtype), str(path))
-            _warn_one_strip(path, series)
+            if aloud:
+                _warn_one_strip(path, series)
         stamp = path.stat().st_mtime_ns
         stored: list[StoredLevel] = []
         for index, level in enumerate(levels):
             array = _open_tiff_level(str(path), index, stamp)
-            rows = getattr(array, "chunks", (1,) * (level.ndim - 2) + level.shape[-2:])
-            stored.append(StoredLevel("", level.shape, rows))
+            stored.append(StoredLevel("", level.shape, array.chunks))
     except BAD_FILE as error:
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"{path} is not a readable TIFF ({error}); give a TIFF or a Zarr.") from error
+        raise ImageError(
+            f"{path} is not a readable TIFF ({error}); give a TIFF, a slide, HDF5, N5 or a Zarr."
+        ) from error
     source = TiffSource(str(path.absolute()), disk_axes, stamp)
     known = [calibration.get(letter, (0.0, None)) for letter in disk_axes]
     stored[0] = replace(stored[0], scale=[size for size, _ in known])
     image = assemble_image(str(path), source, np.dtype(series.dtype), stored, [unit for _, unit in known])
     return replace(image, channels=channel_names(channels, image.n_channels))
+
+
+class _Contiguous:
+    """Pixels that lie in a file one after another, uncompressed: any window reads no more than itself.
+
+    The file is mapped while it is read only: what stays mapped counts as memory of the process.
+    """
+
+    def __init__(
+        self, path: str, offset: Any, shape: tuple[int, ...], dtype: np.dtype[Any], n_last: int | None
+    ) -> None:
+        self._where: dict[str, Any] = {"filename": path, "mode": "r", "offset": offset, "shape": shape, "dtype": dtype}
+        self.shape, self.dtype = shape, dtype
+        picture = shape if n_last is None else shape[:-1]
+        last = () if n_last is None else (n_last,)
+        self.chunks = (1,) * (len(picture) - 2) + tuple(min(n, _WINDOW) for n in picture[-2:]) + last
+
+    def __getitem__(self, selection: Any) -> npt.NDArray[Any]:
+        return np.array(np.memmap(**self._where)[selection])
 
 
 @lru_cache(maxsize=32)
@@ -100,9 +127,12 @@ def _open_tiff_level(path: str, level: int, stamp: int) -> Any:  # noqa: ARG001
     try:
         series = tif.series[0]
         if series.levels[level].dataoffset is not None:
-            # Contiguous and uncompressed: mapped, any window reads no more than itself.
+            of = series.levels[level]
+            dtype = np.dtype(f"{tif.byteorder}{of.dtype.char}")
             tif.close()
-            return tifffile.memmap(path, series=0, level=level, mode="r")
+            return _Contiguous(
+                path, of.dataoffset, of.shape, dtype, n_last=of.shape[-1] if of.axes[-1] == "S" else None
+            )
         array = zarr.open_array(series.aszarr(level=level), mode="r")
     except BAD_FILE:
         tif.close()
@@ -115,7 +145,8 @@ def _warn_one_strip(path: Path, series: Any) -> None:
     """Say so if every window reads a whole plane."""
     page = series.keyframe
     if series.dataoffset is None and not page.is_tiled and page.rowsperstrip >= page.imagelength:
-        _log.warning("%s is compressed as one strip, so any window reads a whole plane; save it tiled", path)
+        text = "%s is compressed as one strip, so any window reads a whole plane; tiledseg convert reads each once"
+        _log.warning(text, path)
 
 
 def _tiff_axes(path: Path, letters: str, shape: Sequence[int], axes: str | None) -> str:

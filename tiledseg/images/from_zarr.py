@@ -17,6 +17,7 @@ from ..remote import Location, location, read_file
 from ..zarr_stores import zarr_store
 from .assembly import StoredLevel, assemble_image, channel_names, check_array, given_axes, is_number
 from .damage import BAD_FILE
+from .display import omero_displays
 from .image import Image, listed_names
 from .units import unit_name
 from .view import at_level
@@ -279,6 +280,7 @@ def _open_multiscales(path: Location, node: _Node, axes: str | None) -> Image:
         writable_group=path if writable and (isinstance(path, Path) or path.is_writable) else None,
         zarr_format=node.zarr_format,
         ome_version=version if isinstance(version, str) else None,
+        displays=omero_displays(node.ome, image.n_channels),
     )
 
 

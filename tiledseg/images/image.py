@@ -15,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..axes import spatial_axes
+from ..displayed import Displayed
 from ..errors import ImageError, TiledsegError
 from ..meters import metered
 from ..remote import Location, absent
 from ..waiting import is_stored
 from .damage import BAD_FILE, failing_chunks, stored_keys, torn_chunks
+from .display import Display
 from .units import MICROMETERS
 
 __all__ = ["DROPPED", "Image", "Level", "MemorySource", "Source", "listed_names"]
@@ -65,8 +67,8 @@ class Source(Protocol):
         """Folder of a level's chunks, None for what is no stored Zarr."""
 
 
-@dataclass(frozen=True)
-class Image:
+@dataclass(frozen=True, repr=False)
+class Image(Displayed):
     """An opened image; pixels are read by :meth:`read` only."""
 
     name: str
@@ -89,6 +91,15 @@ class Image:
     """OME-Zarr image that labels can be written into."""
     zarr_format: int | None = None
     ome_version: str | None = None
+    displays: tuple[Display, ...] = ()
+    """How each channel is shown, empty if the file does not say."""
+    within: tuple[tuple[float, float], ...] = ()
+    """Per axis where pixel 0 begins and how wide a pixel is, in pixels of the full-size image; empty for all of it."""
+
+    def __repr__(self) -> str:
+        sides = " x ".join(map(str, self.shape))
+        n = len(self.levels)
+        return f"<Image {self.name}: {self.axes} {sides}, {self.dtype}, {n} level{'s' if n > 1 else ''}>"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,6 +115,11 @@ class Image:
     def position(self) -> tuple[int, ...]:
         """Pixels of `full_shape` that lie before pixel 0 of level 0, per axis."""
         return self.levels[0].start
+
+    @property
+    def placement(self) -> tuple[tuple[float, float], ...]:
+        """As `within`, also of an image that is no part of another."""
+        return self.within or ((0.0, 1.0),) * len(self.axes)
 
     @property
     def spatial_axes(self) -> str:
@@ -135,6 +151,19 @@ class Image:
                 return None
             found.append(spacing * MICROMETERS[unit])
         return tuple(found)
+
+    def plane_thickness(self) -> float | None:
+        """Thickness of a plane in pixels of x, None if there are no planes or if sizes or units do not say."""
+        if "z" not in self.axes:
+            return None
+        where = [self.axes.index(axis) for axis in "zx"]
+        (thick, wide), units = (self.spacing[i] for i in where), {self.units[i] for i in where}
+        if thick is None or wide is None:
+            return None
+        if len(units) > 1:
+            in_um = self.spacing_um()
+            return None if in_um is None else in_um[0] / in_um[-1]
+        return thick / wide
 
     @metered("read")
     def read(self, level: int, region: tuple[slice, ...]) -> npt.NDArray[Any]:
@@ -172,9 +201,9 @@ class Image:
             if hasattr(pixels, "__dask_graph__"):
                 pixels = pixels.compute(scheduler="threads")
         except BAD_FILE as error:
-            if isinstance(error, TiledsegError) or not hasattr(array, "metadata"):
+            if isinstance(error, TiledsegError) or not self.is_shippable:
                 raise
-            failing = failing_chunks(array, selection)
+            failing = failing_chunks(array, selection) if hasattr(array, "metadata") else []
             if not failing and isinstance(error, MemoryError):
                 raise
             self._raise_corrupt(level, bounds, failing, str(error) or type(error).__name__, error)

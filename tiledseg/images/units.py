@@ -1,10 +1,11 @@
-"""Units of length: the names OME-Zarr uses, and their size."""
+"""Units of length: the names OME-Zarr uses, and their size; and which values of metadata are numbers."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-__all__ = ["MICROMETERS", "unit_name"]
+__all__ = ["MICROMETERS", "is_number", "unit_name"]
 
 # fmt: off
 _UNIT_NAMES = {
@@ -36,3 +37,18 @@ def unit_name(unit: Any) -> str | None:
     if not isinstance(unit, str) or unit.lower() in ("", "pixel", "pixels", "reference frame"):
         return None
     return _UNIT_NAMES.get(unit, unit)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of metadata is a finite number.
+
+    Parameters
+    ----------
+    value : object
+        As JSON or a TIFF tag gives it; a bool is no number.
+
+    Returns
+    -------
+    is_number : bool
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

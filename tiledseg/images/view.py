@@ -45,6 +45,7 @@ def at_level(image: Image, level: int) -> Image:
         raise ImageError(f"{image.name} has no level {level}; it has {known}; give one of these (--level).")
     first = image.levels[level]
     spacing, translation, units = list(image.spacing), list(image.translation), list(image.units)
+    placement = list(image.placement)
     for axis, scale, offset in zip(image.spatial_axes, first.scale, first.offset, strict=True):
         at = image.axes.index(axis)
         step = spacing[at]
@@ -53,12 +54,16 @@ def at_level(image: Image, level: int) -> Image:
             spacing[at] = step * scale
         elif scale != 1:
             spacing[at], units[at] = scale, None
+        start, width = placement[at]
+        # An offset is that of the centre of pixel 0.
+        placement[at] = start + (offset + 0.5 - scale / 2) * width, width * scale
     return replace(
         image,
         levels=tuple(_seen_from(first, one) for one in image.levels[level:]),
         spacing=tuple(spacing),
         translation=tuple(translation),
         units=tuple(units),
+        within=_part(placement),
     )
 
 
@@ -124,7 +129,7 @@ def at_region(image: Image, bounds: Bounds) -> Image:
     SettingsError
         If an axis is unknown, or that of channels.
     """
-    spans, translation = {}, list(image.translation)
+    spans, translation, placement = {}, list(image.translation), list(image.placement)
     for axis, (start, stop) in bounds.items():
         _check_axis(axis, image.axes)
         at = image.axes.index(axis)
@@ -138,6 +143,7 @@ def at_region(image: Image, bounds: Bounds) -> Image:
         if high - low < size:
             spans[axis] = (low, high)
             translation[at] += low * (image.spacing[at] or 1.0)
+            placement[at] = placement[at][0] + low * placement[at][1], placement[at][1]
     # The time points of a level that has fewer of them are not known.
     in_time = [image.axes.index(axis) for axis in spans if axis not in SPATIAL]
     kept = [one for one in image.levels if all(one.shape[at] == image.shape[at] for at in in_time)]
@@ -145,6 +151,7 @@ def at_region(image: Image, bounds: Bounds) -> Image:
         image,
         levels=tuple(_cut(one, image.axes, spans) for one in kept),
         translation=tuple(translation),
+        within=_part(placement),
     )
 
 
@@ -161,6 +168,11 @@ def _seen_from(first: Level, level: Level) -> Level:
         scale=tuple(scale / step for scale, _, step, _ in places),
         offset=tuple((offset - origin) / step for _, offset, step, origin in places),
     )
+
+
+def _part(placement: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """`Image.within`: empty for all of an image."""
+    return () if all(at == (0.0, 1.0) for at in placement) else tuple(placement)
 
 
 def _check_axis(axis: str, axes: str) -> None:

@@ -31,12 +31,14 @@ __all__ = [
     "multiscales",
     "ome_attributes",
     "open_group",
+    "shard_shape",
     "update_ome",
     "zarr_format",
 ]
 
 FORMATS = {"0.4": 2, "0.5": 3}
 _CHUNK_VOLUME = {"z": 32, "y": 256, "x": 256}
+_SHARD_PIXELS = 2**24
 _KINDS = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 
 
@@ -197,6 +199,7 @@ def create_array(
     dtype: np.dtype[Any],
     *,
     keep_empty: bool,
+    shards: tuple[int, ...] | None = None,
 ) -> Any:
     """Make an empty array, with checksums where the format has them.
 
@@ -211,6 +214,8 @@ def create_array(
     dtype : dtype
     keep_empty : bool
         Whether chunks of nothing but zeros are stored.
+    shards : tuple of int, optional
+        Pixels per axis of what is one file, whole chunks; OME-Zarr 0.5 only. To be written by one task, whole.
 
     Returns
     -------
@@ -219,10 +224,7 @@ def create_array(
     import zarr
     from zarr.codecs import ZstdCodec
 
-    own: dict[str, Any] = {
-        "compressors": ZstdCodec(level=1, checksum=True),
-        "dimension_names": axes,
-    }
+    own: dict[str, Any] = {"compressors": ZstdCodec(level=1, checksum=True), "dimension_names": axes}
     if version == "0.4":
         # As a dict, because that is what zarr writes; other readers reject the key of numcodecs.Zstd.
         blosc = {"id": "blosc", "cname": "zstd", "clevel": 1, "shuffle": 0, "blocksize": 0}
@@ -231,6 +233,7 @@ def create_array(
         new_store(path),
         shape=shape,
         chunks=chunks,
+        shards=shards,
         dtype=dtype,
         fill_value=0,
         zarr_format=zarr_format(version),
@@ -255,7 +258,7 @@ def zarr_format(version: str) -> Any:
     return FORMATS[version]
 
 
-def level_factors(axes: str, shape: Sequence[int], level: int) -> tuple[int, ...]:
+def level_factors(axes: str, shape: Sequence[int], level: int, thickness: float | None = None) -> tuple[int, ...]:
     """How many pixels of level 0 a pixel of a level covers along each axis.
 
     Parameters
@@ -264,19 +267,23 @@ def level_factors(axes: str, shape: Sequence[int], level: int) -> tuple[int, ...
     shape : sequence of int
         Pixels of level 0 per axis.
     level : int
+    thickness : float, optional
+        Of a plane in pixels of x. Default 1.
 
     Returns
     -------
     factors : tuple of int
-        Along y and x double for every level; along z as long as there are more planes than two chunks hold.
+        Along y and x double for every level. Along z as well from the level on at which pixels are about as wide as
+        planes are thick, as long as there are more planes than two chunks hold.
     """
     planes = shape[axes.index("z")] if "z" in axes else 1
     halvings = max(0, math.ceil(math.log2(planes / (2 * _CHUNK_VOLUME["z"]))))
-    times = {"y": level, "x": level, "z": min(level, halvings)}
+    behind = max(0, round(math.log2(thickness or 1.0)))
+    times = {"y": level, "x": level, "z": min(max(0, level - behind), halvings)}
     return tuple(2 ** times.get(axis, 0) for axis in axes)
 
 
-def level_shape(axes: str, shape: Sequence[int], level: int) -> tuple[int, ...]:
+def level_shape(axes: str, shape: Sequence[int], level: int, thickness: float | None = None) -> tuple[int, ...]:
     """Pixels of a level, rounded up.
 
     Parameters
@@ -285,13 +292,16 @@ def level_shape(axes: str, shape: Sequence[int], level: int) -> tuple[int, ...]:
     shape : sequence of int
         Pixels of level 0 per axis.
     level : int
+    thickness : float, optional
+        As in `level_factors`.
 
     Returns
     -------
     shape : tuple of int
         Pixels per axis.
     """
-    return tuple(-(-n // factor) for n, factor in zip(shape, level_factors(axes, shape, level), strict=True))
+    factors = level_factors(axes, shape, level, thickness)
+    return tuple(-(-n // factor) for n, factor in zip(shape, factors, strict=True))
 
 
 def _sides(axes: str, shape: Sequence[int], chunk: int) -> dict[str, int]:
@@ -319,6 +329,29 @@ def chunk_shape(axes: str, shape: Sequence[int], chunk: int) -> tuple[int, ...]:
     """
     wanted = _sides(axes, shape, chunk)
     return tuple(min(wanted.get(axis, 1), n) for axis, n in zip(axes, shape, strict=True))
+
+
+def shard_shape(chunks: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """Pixels of a shard: chunks put together along all axes in turn, while there are at most 2**24 pixels.
+
+    Parameters
+    ----------
+    chunks, shape : sequence of int
+        Pixels of a chunk and of the array per axis.
+
+    Returns
+    -------
+    shards : tuple of int
+        Pixels per axis, a power of two of chunks: 4096 x 4096 in pictures, 64 x 512 x 512 in volumes.
+    """
+    sides = list(chunks)
+    while True:
+        before = list(sides)
+        for axis in reversed(range(len(sides))):
+            if sides[axis] < shape[axis] and 2 * math.prod(sides) <= _SHARD_PIXELS:
+                sides[axis] *= 2
+        if sides == before:
+            return tuple(sides)
 
 
 def count_levels(axes: str, shape: Sequence[int], chunk: int) -> int:

@@ -11,6 +11,8 @@ OME-Zarr 0.4 and 0.5, sections "multiscales" and "labels" metadata.
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import shutil
 import warnings
@@ -39,6 +41,7 @@ from .groups import (
     multiscales,
     ome_attributes,
     open_group,
+    shard_shape,
     update_ome,
     zarr_format,
 )
@@ -48,6 +51,7 @@ __all__ = [
     "LevelZero",
     "create_labels",
     "finish_labels",
+    "label_names",
     "labels_exist",
     "level_array",
     "open_labels",
@@ -79,8 +83,19 @@ class LabelsPlan:
     n_levels: int
     chunks: tuple[int, ...]
     """Pixels of a level-0 chunk per axis."""
-    in_image: bool
-    """Whether `root` is the image the labels were made from."""
+    source: str | None
+    """Path from the labels to the image they were made from; None if that is no OME-Zarr on the same disk."""
+    shards: tuple[int, ...] | None = None
+    """Pixels of a level-0 shard per axis; None if every chunk is a file."""
+    thickness: float | None = None
+    """Of a plane in pixels of x, None if unknown."""
+    placement: tuple[tuple[float, float], ...] = ()
+    """Per axis where pixel 0 begins and how wide a pixel is, in pixels of the full-size image."""
+
+    @property
+    def in_image(self) -> bool:
+        """Whether `root` is the image the labels were made from."""
+        return self.source == "../../"
 
     @property
     def path(self) -> Location:
@@ -94,14 +109,37 @@ class LabelsPlan:
 
     def level_shape(self, level: int) -> tuple[int, ...]:
         """Pixels of a level per axis."""
-        return level_shape(self.axes, self.shape, level)
+        return level_shape(self.axes, self.shape, level, self.thickness)
 
     def level_chunks(self, level: int) -> tuple[int, ...]:
         """Pixels of a chunk of a level per axis."""
         return tuple(map(min, self.chunks, self.level_shape(level)))
 
+    def level_shards(self, level: int) -> tuple[int, ...] | None:
+        """Pixels of a shard of a level per axis; None if every chunk is a file, as where there is a single one."""
+        if self.shards is None:
+            return None
+        shape, chunks = self.level_shape(level), self.level_chunks(level)
+        counts = [
+            min(-(-n // chunk), max(1, shard // chunk))
+            for n, chunk, shard in zip(shape, chunks, self.shards, strict=True)
+        ]
+        sides = tuple(count * chunk for count, chunk in zip(counts, chunks, strict=True))
+        return sides if max(counts) > 1 else None
 
-def plan_labels(image: Image, output: Location | None, name: str, version: str | None) -> LabelsPlan:
+    @property
+    def n_files(self) -> int:
+        """Chunks, or shards, of all levels; those without objects are not stored."""
+        n_files = 0
+        for level in range(self.n_levels):
+            sides = self.level_shards(level) or self.level_chunks(level)
+            n_files += math.prod(-(-n // side) for n, side in zip(self.level_shape(level), sides, strict=True))
+        return n_files
+
+
+def plan_labels(
+    image: Image, output: Location | None, name: str, version: str | None, shard: bool = False
+) -> LabelsPlan:
     """Decide where labels go; writes nothing.
 
     Parameters
@@ -114,6 +152,8 @@ def plan_labels(image: Image, output: Location | None, name: str, version: str |
         Of the labels: letters, digits, ``-``, ``_`` and ``.``.
     version : str, optional
         Of OME-Zarr. None is that of the image or of an existing `output`, else ``"0.5"``.
+    shard : bool
+        Put chunks together in shards, see :func:`groups.shard_shape`.
 
     Returns
     -------
@@ -122,7 +162,8 @@ def plan_labels(image: Image, output: Location | None, name: str, version: str |
     Raises
     ------
     SettingsError
-        If the name is no plain name, or the version unknown or another than that of the container.
+        If the name is no plain name, or the version unknown or another than that of the container, or it has no
+        shards.
     OutputError
         If labels cannot be written there.
 
@@ -143,14 +184,21 @@ def plan_labels(image: Image, output: Location | None, name: str, version: str |
     found, n_datasets = _container(root)
     if None not in (found, version) and found != version:
         raise SettingsError(f"{root} is OME-Zarr {found}, not {version}; leave out the version.")
+    written = version or found or "0.5"
+    if shard and written == "0.4":
+        raise SettingsError(
+            f"OME-Zarr 0.4, in which {root} is written, has no shards; leave out --shard, or write OME-Zarr 0.5 to "
+            "another place (-o)."
+        )
     keep = [at for at, letter in enumerate(image.axes) if letter != "c"]
     axes = "".join(image.axes[at] for at in keep)
     shape = tuple(image.shape[at] for at in keep)
     known = [image.spacing[at] is not None for at in keep]
+    chunks = chunk_shape(axes, shape, _CHUNK)
     return LabelsPlan(
         root=root,
         name=name,
-        version=version or found or "0.5",
+        version=written,
         axes=axes,
         shape=shape,
         spacing=tuple(image.spacing[at] for at in keep),
@@ -158,9 +206,25 @@ def plan_labels(image: Image, output: Location | None, name: str, version: str |
         units=tuple(image.units[at] if is_known else None for at, is_known in zip(keep, known, strict=True)),
         # The specification: as many levels as the image around the labels has.
         n_levels=n_datasets or count_levels(axes, shape, _CHUNK),
-        chunks=chunk_shape(axes, shape, _CHUNK),
-        in_image=image.writable_group is not None and root.resolve() == image.writable_group.resolve(),
+        chunks=chunks,
+        source=_source(image, root),
+        shards=shard_shape(chunks, shape) if shard else None,
+        thickness=image.plane_thickness(),
+        placement=tuple(image.placement[at] for at in keep),
     )
+
+
+def _source(image: Image, root: Location) -> str | None:
+    """Path from labels below a container to their image."""
+    group = image.writable_group
+    if group is None:
+        return None
+    if root.resolve() == group.resolve():
+        return "../../"
+    if not isinstance(root, Path) or not isinstance(group, Path):
+        return None
+    root, group = root.resolve(), group.resolve()
+    return "../../" + Path(os.path.relpath(group, root)).as_posix() if root.drive == group.drive else None
 
 
 def labels_exist(plan: LabelsPlan) -> bool:
@@ -298,14 +362,12 @@ def finish_labels(plan: LabelsPlan) -> None:
     for drafts in _draft_folders(plan):
         if drafts.name == DRAFTS:
             shutil.rmtree(drafts, ignore_errors=True)
-    label_info: dict[str, Any] = {"source": {"image": "../../"}} if plan.in_image else {}
+    label_info: dict[str, Any] = {} if plan.source is None else {"source": {"image": plan.source}}
     if plan.version == "0.4":
         label_info["version"] = "0.4"
     steps = [step or 1.0 for step in plan.spacing]
-    scales = [
-        [step * factor for step, factor in zip(steps, level_factors(plan.axes, plan.shape, level), strict=True)]
-        for level in range(plan.n_levels)
-    ]
+    factors = [level_factors(plan.axes, plan.shape, level, plan.thickness) for level in range(plan.n_levels)]
+    scales = [[step * factor for step, factor in zip(steps, of, strict=True)] for of in factors]
     entry = multiscales(plan.name, plan.axes, plan.units, scales, [list(plan.translation)] * plan.n_levels)
     entry["type"] = "nearest"
     entry["metadata"] = {"description": "every second pixel of the level before", "method": "tiledseg"}
@@ -353,6 +415,36 @@ def _refresh_consolidated(root: Location) -> None:
         zarr.consolidate_metadata(zarr_store(root))
 
 
+def label_names(root: Location) -> list[str]:
+    """Names of the label images that a group lists.
+
+    Parameters
+    ----------
+    root : Path or RemotePath
+        Group around ``labels/``.
+
+    Returns
+    -------
+    names : list of str
+        In the order listed; none if there is no such group.
+
+    Raises
+    ------
+    ImageError
+        If its list cannot be read, or names something outside.
+    """
+    if isinstance(root, Path) and not root.is_dir():
+        return []
+    group = open_group(root / "labels")
+    names = ome_attributes(group).get("labels", []) if group is not None else []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ImageError(f"{root / 'labels'} lists its labels as {names!r}; correct its metadata.")
+    for name in names:
+        if not name or {"..", "", "."} & set(name.split("/")) or set(name) & set("\\:\0"):
+            raise ImageError(f"{root / 'labels'} names the labels {name!r}, which are not inside it; refused.")
+    return names
+
+
 def open_labels(path: str | Path) -> Any:
     """A label image by path or address, as an array that can be sliced.
 
@@ -372,10 +464,7 @@ def open_labels(path: str | Path) -> Any:
         If there is nothing there, or several label images to choose from.
     """
     folder = location(path)
-    is_there = not isinstance(folder, Path) or folder.is_dir()
-    group = open_group(folder / "labels") if is_there else None
-    listed = ome_attributes(group).get("labels", []) if group is not None else []
-    names = [str(name) for name in listed] if isinstance(listed, list) else []
+    names = label_names(folder)
     if len(names) > 1:
         raise ImageError(f"{path} holds labels {', '.join(names)}; give one, as in {path}/labels/{names[0]}.")
     return LevelZero(open_image(str(folder / "labels" / names[0]) if names else path))
@@ -454,10 +543,12 @@ def _create_level(plan: LabelsPlan, level: int) -> None:
     path = plan.path / str(level)
     shape, chunks = plan.level_shape(level), plan.level_chunks(level)
     if not is_zarr(path):
-        create_array(path, plan.version, plan.axes, shape, chunks, np.dtype(np.uint32), keep_empty=False)
+        kind, shards = np.dtype(np.uint32), plan.level_shards(level)
+        create_array(path, plan.version, plan.axes, shape, chunks, kind, keep_empty=False, shards=shards)
         return
     found = level_array(plan, level)
-    if (found.shape, found.chunks, found.dtype) != (shape, chunks, np.dtype(np.uint32)):
+    wanted = (shape, chunks, plan.level_shards(level), np.dtype(np.uint32))
+    if (found.shape, found.chunks, found.shards, found.dtype) != wanted:
         raise OutputError(
             f"{path} is left from another run (shape {found.shape}, chunks {found.chunks}, {found.dtype}); "
             f"delete {plan.path} or choose another name with --name."
