@@ -16,6 +16,7 @@ from .cores import ALONE, Cores
 
 __all__ = [
     "BATCH",
+    "N_INTENSITIES",
     "box_pixels",
     "fill_holes",
     "flat_steps",
@@ -32,6 +33,8 @@ Boxes = npt.NDArray[np.int64]
 
 BATCH = 64
 """Objects that one core takes at a time."""
+N_INTENSITIES = 5
+"""Columns of a channel in what is measured: sum, number of values, sum of squared deviations, least, largest."""
 
 _jit = nb.njit(cache=True, nogil=True)
 
@@ -305,20 +308,20 @@ def measure_objects(labels: IntArray, intensities: npt.NDArray[Any], ids: npt.ND
 
     Returns
     -------
-    measured : array of float64, shape (n, 2 + 3 * ndim + 2 * channels)
+    measured : array of float64, shape (n, 2 + 3 * ndim + 5 * channels)
         Per label: id, pixels, sum of coordinates per axis, box start per axis, box stop per axis,
-        then per channel the sum of the finite values and their number; a label that is absent has 0
-        pixels.
+        then per channel of the finite values the sum, their number, the sum of squared deviations from their mean,
+        the least and the largest; a label that is absent has 0 pixels.
     """
     ndim, n_channels = labels.ndim, len(intensities)
-    measured = np.zeros((ids.size, 2 + 3 * ndim + 2 * n_channels), np.float64)
+    measured = np.zeros((ids.size, 2 + 3 * ndim + N_INTENSITIES * n_channels), np.float64)
     measured[:, 0] = ids
     measured[:, 2 + ndim : 2 + 2 * ndim] = np.inf
     shape = np.array(labels.shape, np.int64)
     flat = np.ascontiguousarray(labels).reshape(-1)
     _measure_shapes(flat, shape, measured)
     for channel, values in enumerate(intensities):
-        columns = measured[:, 2 + 3 * ndim + 2 * channel :]
+        columns = measured[:, 2 + 3 * ndim + N_INTENSITIES * channel :]
         _measure_values(flat, np.array(values, np.float64).reshape(-1), columns)
     return measured
 
@@ -351,7 +354,26 @@ def _measure_shapes(flat: Any, shape: Any, measured: Any) -> None:
 
 @_jit
 def _measure_values(flat: Any, values: Any, columns: Any) -> None:
+    # Deviations are taken from an object's first value: squares of the values themselves would lose what is small
+    # beside a large mean.
+    firsts, shifted = np.zeros(columns.shape[0]), np.zeros(columns.shape[0])
     for i in range(flat.size):
-        if flat[i] > 0 and np.isfinite(values[i]):
-            columns[flat[i] - 1, 0] += values[i]
-            columns[flat[i] - 1, 1] += 1.0
+        label, value = flat[i] - 1, values[i]
+        if label < 0 or not np.isfinite(value):
+            continue
+        found = columns[label]
+        if found[1] == 0.0:
+            firsts[label] = found[3] = found[4] = value
+        off = value - firsts[label]
+        shifted[label] += off
+        found[0] += value
+        found[1] += 1.0
+        found[2] += off * off
+        found[3] = min(found[3], value)
+        found[4] = max(found[4], value)
+    for label in range(columns.shape[0]):
+        found = columns[label]
+        if found[1] > 0.0:
+            found[2] = max(0.0, found[2] - shifted[label] ** 2 / found[1])
+        else:
+            found[3], found[4] = np.inf, -np.inf

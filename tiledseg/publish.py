@@ -4,46 +4,45 @@ Reads
     ``<labels>/labels.zarr`` and ``<labels>/ids``; the image, for intensities.
 Writes
     The published label image level by level; per region the measurements of the parts of objects
-    in it; then the table. Metadata come last: labels are listed only when they are complete.
+    in it, and of the shapes of objects that begin in it if they are asked for; then the table. Metadata come last:
+    labels are listed only when they are complete. What else is asked for is made from these.
 Parallel over
-    Regions of whole storage chunks, so that no chunk is ever written by two tasks; the table is one
-    task that goes through the ids in batches: its time grows with the number of objects, its memory
-    only with the number of regions.
+    Regions of whole storage chunks, or whole shards, so that no file is ever written by two tasks. Table and other
+    files are one task each, whose memory does not grow with the number of objects.
 """
 
 from __future__ import annotations
 
-import bisect
 import functools
-import itertools
+import logging
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
-from .disk import settle
+from .exports import BESIDE_TABLE, WRITERS, Result
+from .features import LARGEST_BOX, feature_names, shape_features
 from .frames import read_channels
-from .grid import Index, Region, overlap, region_shape, region_text, shift
+from .grid import Region, overlap, region_shape, region_text, shift
+from .images import open_image
 from .job import Job
 from .meters import meter, metered
 from .objects import measure_objects
-from .omezarr import finish_labels, level_array, read_level
+from .objects_at import ObjectTable, windows_of
+from .omezarr import finish_labels, read_level
 from .progress import Progress
-from .remote import Location
-from .store import DiskStore, Store
-from .zarr_stores import new_store
+from .regions import level_of, parts_of, regions_of
+from .remote import Location, location
+from .store import disk_errors
+from .table import local_draft, put_in_place, table_file, table_of, write_table
 
-__all__ = ["process_block", "region_sides", "run", "table_of"]
+__all__ = ["exports_of", "process_block", "run"]
 
-REGION = 2048
-TABLE_BATCH = 2**18
-"""Ids that are measured at a time for the table: a row group of it, some 200 MiB while in work."""
-
-Measured = npt.NDArray[np.float64]
+logger = logging.getLogger(__name__)
 
 
 @metered("measure")
@@ -57,7 +56,7 @@ def process_block(
     labels : array of int32, shape (*spatial)
         Labels 1..n of this region, 0 background.
     intensities : array, shape (channels, *spatial)
-        The image. Pixels that are not finite are left out of means.
+        The image. Pixels that are not finite are left out.
     ids : array of uint32, shape (n,)
         Global id of each label, ascending.
     origin : tuple of int
@@ -65,10 +64,11 @@ def process_block(
 
     Returns
     -------
-    measured : array of float64, shape (n present, 2 + 3 * ndim + 2 * channels)
+    measured : array of float64, shape (n present, 2 + 3 * ndim + 5 * channels)
         Per object with pixels here: id, pixels, sum of coordinates per axis, box start per axis, box
-        stop per axis, then per channel the sum of values and the number of finite ones. Whole numbers
-        below 2**53 are exact, so sums over integer images do not depend on how objects were cut.
+        stop per axis, then per channel the sum of values, the number of finite ones, the sum of squared deviations
+        from their mean, the least and the largest. Whole numbers below 2**53 are exact, so sums over integer images
+        do not depend on how objects were cut.
     """
     measured = measure_objects(labels, intensities, ids)
     measured = measured[measured[:, 1] > 0]
@@ -79,45 +79,22 @@ def process_block(
     return measured
 
 
-def region_sides(chunks: Index, shape: Index) -> Index:
-    """Sides of the regions: whole chunks, more of them from the last axis on while there are at most 2**22 pixels."""
-    sides = list(chunks)
-    for axis in reversed(range(len(sides))):
-        while sides[axis] < shape[axis] and sides[axis] < REGION and 2 * math.prod(sides) <= REGION**2:
-            sides[axis] *= 2
-    return tuple(sides)
-
-
-def _regions(shape: Index, chunks: Index) -> list[Region]:
-    """Regions of whole chunks."""
-    sides = region_sides(chunks, shape)
-    starts = itertools.product(*(range(0, n, side) for n, side in zip(shape, sides, strict=True)))
-    return [
-        tuple(slice(a, min(a + side, n)) for a, side, n in zip(start, sides, shape, strict=True)) for start in starts
-    ]
-
-
-def _level(job: Job, level: int) -> tuple[Any, list[Region]]:
-    """The array of a level and its regions."""
-    if job.plan is None:
-        labels = job.store.open(f"{job.labels}/published")
-        shape = labels.shape
-        return labels, _regions(shape, (*(1,) * (len(shape) - 2), *(min(n, REGION) for n in shape[-2:])))
-    array = level_array(job.plan, level)
-    return array, _regions(array.shape, array.chunks)
-
-
 def paint_region(position: int, job: Job) -> dict[str, Any]:
-    """Task: write one region of level 0 and measure the objects in it."""
-    array, regions = _level(job, 0)
+    """Task: write one region of level 0 and measure the objects in it; of a shard part after part."""
+    array, regions, sides = level_of(job, 0)
     region = regions[position]
-    local, ids = _region_labels(job, region)
-    intensities = read_channels(job.image, region) if ids.size else np.zeros((job.image.n_channels, *local.shape))
-    painted = np.concatenate([np.zeros(1, np.uint32), ids])[local]
+    corner = tuple(p.start for p in region)
+    painted = np.empty(region_shape(region), np.uint32)
+    measured = []
+    for part in parts_of(region, sides):
+        local, ids = _region_labels(job, part)
+        intensities = read_channels(job.image, part) if ids.size else np.zeros((job.image.n_channels, *local.shape))
+        painted[shift(part, corner)] = np.concatenate([np.zeros(1, np.uint32), ids])[local]
+        measured.append(process_block(local, intensities, ids, tuple(p.start for p in part)))
     with meter("write"):
         array[region] = painted
-    origin = tuple(p.start for p in region)
-    job.store.save(f"{job.labels}/measured/{position}", process_block(local, intensities, ids, origin))
+    rows = np.concatenate(measured)
+    job.store.save(f"{job.labels}/measured/{position}", rows[np.argsort(rows[:, 0], kind="stable")])
     return {"peak": peak_memory()}
 
 
@@ -144,167 +121,154 @@ def shrink_region(position: int, job: Job, level: int) -> dict[str, Any]:
     """Task: write one region of a pyramid level: every second pixel of the level below."""
     if job.plan is None:
         raise RuntimeError("labels in memory have no pyramid")
-    array, regions = _level(job, level)
+    array, regions, sides = level_of(job, level)
     region, finer = regions[position], job.plan.level_shape(level - 1)
     steps = [-(-a // b) for a, b in zip(finer, array.shape, strict=True)]
-    wide = tuple(slice(p.start * s, min(p.stop * s, m)) for p, s, m in zip(region, steps, finer, strict=True))
-    with meter("read"):
-        shown = read_level(job.plan, level - 1, wide)[tuple(slice(None, None, s) for s in steps)]
+    corner = tuple(p.start for p in region)
+    shown = np.empty(region_shape(region), np.uint32)
+    for part in parts_of(region, sides):
+        wide = tuple(slice(p.start * s, min(p.stop * s, m)) for p, s, m in zip(part, steps, finer, strict=True))
+        with meter("read"):
+            pixels = read_level(job.plan, level - 1, wide)
+        shown[shift(part, corner)] = pixels[tuple(slice(None, None, s) for s in steps)]
     with meter("write"):
         array[region] = shown
     return {"peak": peak_memory()}
 
 
-@metered("table")
-def write_table(_: int, job: Job) -> dict[str, Any]:
-    """Task: add up the parts of objects and write the table, a row group per batch of ids."""
-    import pyarrow.parquet
+def describe_region(position: int, job: Job) -> dict[str, Any]:
+    """Task: measure the shapes of the objects whose box begins in a region, each from its whole box."""
+    region, axes = _feature_regions(job)[position], job.extent.axes
+    table = ObjectTable(table_of(job) if job.plan is None else table_file(job), axes)
+    rows = table.starting_in(region, ())
+    boxes, ids = table.boxes_of(rows), rows["label"].to_numpy()
+    spacing, n_frames = job.image.spacing_um(), job.extent.n_object_frames
+    found = np.full((ids.size, 1 + len(feature_names(job.extent, spacing))), np.nan)
+    found[:, 0] = ids
+    n_too_large = 0
+    for window in windows_of(region, boxes):
+        if math.prod(region_shape(window.region)) > LARGEST_BOX and window.which.size == 1:
+            n_too_large += 1
+            continue
+        labels = _published(job, window.region)
+        corner = tuple(p.start for p in window.region)
+        with meter("measure"):
+            for i in window.which:
+                box = shift(tuple(slice(a, b) for a, b in boxes[i].T.tolist()), corner)
+                own = labels[box] == ids[i]
+                found[i, 1:] = shape_features(own.reshape(own.shape[n_frames:]), spacing)
+    job.store.save(f"{job.labels}/features/{position}", found)
+    return {"peak": peak_memory(), "n_too_large": n_too_large}
 
-    if job.table is not None:
-        _describe_table(job)
-        draft = _draft_of(job.table, job.store)
-        with pyarrow.parquet.ParquetWriter(draft, _rows_of(job, _no_parts(job)).schema) as writer:
-            for parts in _parts_by_id(job):
-                writer.write_table(_rows_of(job, parts))
-        if isinstance(job.table, Path):
-            settle(draft, job.table)
-        else:
-            job.table.upload(draft)
-            draft.unlink()
+
+def _feature_regions(job: Job) -> list[Region]:
+    """The units of work of the shapes: parts of level 0, also where several of them are a shard."""
+    array, _, sides = level_of(job, 0)
+    return regions_of(array.shape, sides)
+
+
+def _published(job: Job, region: Region) -> npt.NDArray[np.uint32]:
+    """Published labels of level 0."""
+    if job.plan is not None:
+        return read_level(job.plan, 0, region)
+    labels: npt.NDArray[np.uint32] = job.store.open(f"{job.labels}/published")[region]
+    return labels
+
+
+def write_exports(_: int, job: Job) -> dict[str, Any]:
+    """Task: write what else is asked for, from what is published."""
+    if job.plan is None:
+        raise RuntimeError("labels in memory are not exported")
+    table, plan = ObjectTable(table_file(job), job.extent.axes), job.plan
+    result = Result(open_image(str(plan.path)), table, plan.name, plan.placement)
+    for kind, place in exports_of(job):
+        with disk_errors(place):
+            draft = local_draft(place, job.store)
+            WRITERS[kind](result, draft)
+            put_in_place(draft, place)
     return {"peak": peak_memory()}
 
 
-def _draft_of(table: Location, store: Store) -> Path:
-    """Where the table is written before it is put in its place: of a remote one in the scratch."""
-    if isinstance(table, Path):
-        table.parent.mkdir(parents=True, exist_ok=True)
-        return table.with_suffix(".partial")
-    if not isinstance(store, DiskStore):
-        raise RuntimeError("a remote table needs a scratch on a disk")
-    return store.path / "table.partial"
+def exports_of(job: Job) -> list[tuple[str, Location]]:
+    """What else is to be written.
 
-
-def _describe_table(job: Job) -> None:
-    """Make the table's groups, with the attributes by which ngio and Fractal know a feature table."""
-    import zarr
-
-    if job.plan is None:
-        return
-    zarr_format: Any = job.plan.zarr_format
-    tables = zarr.open_group(new_store(job.plan.root / "tables"), mode="a", zarr_format=zarr_format)
-    listed: Any = tables.attrs.get("tables", [])
-    tables.attrs["tables"] = sorted({*listed, job.plan.name})
-    tables.require_group(job.plan.name).attrs.update(
-        {
-            "type": "feature_table",
-            "table_version": "1",
-            "backend": "parquet",
-            "index_key": "label",
-            "index_type": "int",
-            "region": {"path": f"../labels/{job.plan.name}"},
-        }
-    )
-
-
-def table_of(job: Job) -> Any:
-    """The object table, one row per label in order, from what the regions left.
+    Parameters
+    ----------
+    job : Job
 
     Returns
     -------
-    table : pyarrow.Table
-        ``label``; ``t``, and ``z`` where planes stand alone, if the image has them; ``centroid_y``,
-        ``centroid_x`` in pixels, in volumes also of z; the same with ``_um`` if the pixel size is known;
-        ``bbox_y_start`` ... ``bbox_x_stop`` (half open); ``area`` in pixels and ``area_um2``, or ``volume``
-        in voxels and ``volume_um3``; ``mean_<channel>`` per channel.
+    wanted : list of (str, Path or RemotePath)
+        Kinds, and places: beside the table, or where it was asked for.
     """
-    import pyarrow
-
-    return pyarrow.concat_tables([_rows_of(job, parts) for parts in (_no_parts(job), *_parts_by_id(job))])
-
-
-def _no_parts(job: Job) -> Measured:
-    """What the regions of an image without objects leave."""
-    return np.zeros((0, 2 + 3 * len(job.shape) + 2 * job.image.n_channels))
-
-
-def _parts_by_id(job: Job) -> Iterator[Measured]:
-    """What the regions measured, batch after batch of ids; within a batch region by region.
-
-    Strategy: ids are in raster order of first pixels, and what a region measured is sorted by id. So
-    a batch meets few regions, and of those only its own rows are read.
-    """
-    folder = f"{job.labels}/measured"
-    spans = np.zeros((len(_level(job, 0)[1]), 2), np.int64)
-    for i, span in enumerate(spans):
-        parts = job.store.view(f"{folder}/{i}")
-        if len(parts):
-            span[:] = parts[[0, -1], 0]
-    for start in range(1, int(spans.max(initial=0)) + 1, TABLE_BATCH):
-        stop = start + TABLE_BATCH
-        rows = [_no_parts(job)]
-        for region in np.flatnonzero((spans[:, 0] < stop) & (spans[:, 1] >= start)):
-            parts = job.store.view(f"{folder}/{region}")
-            low, high = (bisect.bisect_left(parts, edge, key=lambda row: row[0]) for edge in (start, stop))
-            rows.append(np.array(parts[low:high]))
-        yield np.concatenate(rows)
+    wanted: list[tuple[str, Location]] = []
+    if job.table is None:
+        return wanted
+    settings, folder = job.settings.publish, job.table.parent
+    if settings.csv:
+        wanted.append(("csv", folder / "table.csv"))
+    kind = settings.polygons_kind
+    if kind is not None and settings.polygons is not None:
+        beside = folder / BESIDE_TABLE[kind]
+        wanted.append((kind, beside if settings.polygons == kind else location(settings.polygons)))
+    return wanted
 
 
-def _rows_of(job: Job, parts: Measured) -> Any:
-    """The rows of the table for all objects of which there are parts, in order of their ids."""
-    import pyarrow
-
-    n, n_frames, axes = len(job.shape), job.extent.n_object_frames, job.extent.axes
-    parts = parts[np.argsort(parts[:, 0], kind="stable")]
-    _, starts = np.unique(parts[:, 0], return_index=True)
-    summed = np.add.reduceat(parts, starts) if starts.size else parts
-    low, high = slice(2 + n, 2 + 2 * n), slice(2 + 2 * n, 2 + 3 * n)
-    size = summed[:, 1]
-    columns: dict[str, npt.NDArray[Any]] = {"label": parts[starts, 0].astype(np.uint32)}
-    box_low = (np.minimum.reduceat(parts[:, low], starts) if starts.size else parts[:, low]).astype(np.int64)
-    box_high = (np.maximum.reduceat(parts[:, high], starts) if starts.size else parts[:, high]).astype(np.int64)
-    for i, axis in enumerate(axes[:n_frames]):
-        columns[axis] = box_low[:, i]
-    centroids = summed[:, 2 : 2 + n] / np.maximum(size, 1)[:, None]
-    inner = list(enumerate(axes))[n_frames:]
-    for i, axis in inner:
-        columns[f"centroid_{axis}"] = centroids[:, i]
-    spacing = dict(zip(job.image.spatial_axes, job.image.spacing_um() or (), strict=False))
-    if spacing:
-        for i, axis in inner:
-            columns[f"centroid_{axis}_um"] = centroids[:, i] * spacing[axis]
-    for i, axis in inner:
-        columns[f"bbox_{axis}_start"] = box_low[:, i]
-        columns[f"bbox_{axis}_stop"] = box_high[:, i]
-    name, power = ("area", "um2") if len(inner) == 2 else ("volume", "um3")
-    columns[name] = size.astype(np.int64)
-    if spacing:
-        columns[f"{name}_{power}"] = size * math.prod(spacing[axis] for _, axis in inner)
-    for i, channel in enumerate(job.image.channels):
-        total, count = summed[:, 2 + 3 * n + 2 * i], summed[:, 3 + 3 * n + 2 * i]
-        # Rounded to float32: the last bits of a sum of floats depend on how objects were cut.
-        columns[f"mean_{channel}"] = np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
-    return pyarrow.table(columns)
-
-
-def _where(job: Job, level: int, position: int) -> str:
+def _where(regions: list[Region], job: Job, level: int, position: int) -> str:
     """A region of a level, for messages."""
-    return f"region {region_text(job.extent.axes, _level(job, level)[1][position])} of level {level}"
+    return f"region {region_text(job.extent.axes, regions[position])} of level {level}"
 
 
 def run(job: Job, executor: Executor, progress: Progress) -> None:
-    """Write what is missing of the labels, the pyramid, the table and the metadata."""
+    """Write what is missing of the labels, the pyramid, the table, what else is asked for, and the metadata."""
     n_levels = 1 if job.plan is None else job.plan.n_levels
-    counts = [len(_level(job, level)[1]) for level in range(n_levels)]
-    stages = [f"{job.labels}/publish-{level}" for level in range(n_levels)]
-    done = [job.store.done(stage) for stage in stages]
-    progress.start("publish", sum(counts), sum(map(len, done)))
-    for level, (stage, count) in enumerate(zip(stages, counts, strict=True)):
-        todo = [position for position in range(count) if position not in done[level]]
+    pieces: list[_Pieces] = []
+    for level in range(n_levels):
         task, args = (paint_region, ()) if level == 0 else (shrink_region, (level,))
-        where = functools.partial(_where, job, level)
-        for position, record in executor.stream(task, todo, job, *args, name="publish", where=where):
-            job.store.mark(stage, [position])
-            progress.step(record["peak"])
-    if job.plan is not None:
-        list(executor.stream(write_table, [0], job, name="table", where=lambda _: "of all objects"))
-        finish_labels(job.plan)
+        pieces.append(_Pieces(f"publish-{level}", task, args, level_of(job, level)[1], level))
+    shapes = _Pieces("publish-shapes", describe_region, (), _feature_regions(job), 0)
+    has_features = job.settings.publish.features
+    every = [*pieces, shapes] if has_features else pieces
+    done = {of.stage: job.store.done(f"{job.labels}/{of.stage}") for of in every}
+    progress.start("publish", sum(len(of.regions) for of in every), sum(map(len, done.values())))
+    for of in pieces:
+        _do(of, done[of.stage], job, executor, progress)
+    if has_features and len(done[shapes.stage]) < len(shapes.regions):
+        if job.plan is not None:
+            _alone(executor, write_table, job, "of all objects")  # tells where objects are
+        if n_too_large := _do(shapes, done[shapes.stage], job, executor, progress):
+            logger.warning("%d objects are too large to measure their shape: NaN in the table.", n_too_large)
+    if job.plan is None:
+        return
+    _alone(executor, functools.partial(write_table, has_features=has_features), job, "of all objects")
+    finish_labels(job.plan)
+    if exports_of(job):
+        _alone(executor, write_exports, job, "of all objects")
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Tasks of one kind, by their regions."""
+
+    stage: str
+    task: Callable[..., dict[str, Any]]
+    args: tuple[int, ...]
+    regions: list[Region]
+    level: int
+
+
+def _do(pieces: _Pieces, done: set[int], job: Job, executor: Executor, progress: Progress) -> int:
+    """Do what is missing of them, and note it; how many objects were too large for that."""
+    todo = [position for position in range(len(pieces.regions)) if position not in done]
+    where = functools.partial(_where, pieces.regions, job, pieces.level)
+    n_too_large = 0
+    for position, record in executor.stream(pieces.task, todo, job, *pieces.args, name="publish", where=where):
+        job.store.mark(f"{job.labels}/{pieces.stage}", [position])
+        progress.step(record["peak"])
+        n_too_large += record.get("n_too_large", 0)
+    return n_too_large
+
+
+def _alone(executor: Executor, task: Callable[..., Any], job: Job, what: str) -> None:
+    """Do a task that is one for all objects."""
+    list(executor.stream(task, [0], job, name="table", where=lambda _: what))
