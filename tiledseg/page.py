@@ -1,60 +1,23 @@
-"""A report as one page of HTML: no scripts, nothing loaded from elsewhere, readable in light and dark.
-
-Everything in it is escaped, for names of images and channels are not to be trusted.
-"""
+"""A report as one page of HTML."""
 
 from __future__ import annotations
 
-import base64
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .pictures import SCALE, heat_map
+from .markup import document, escaped, figures, map_of, pairs, section, table
+from .pictures import heat_map
 from .preflight import size_text
 
 __all__ = ["page_of"]
 
 Facts = dict[str, Any]
-Rows = Iterable[Sequence[object]]
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 MOST_PROCESSES = 16
 """That are listed."""
-GRADIENT = ", ".join(f"rgb({r:.0f} {g:.0f} {b:.0f})" for r, g, b in SCALE)
-STYLE = f"""
-:root {{ color-scheme: light dark; --ink: #1c2126; --soft: #5b6670; --line: #d8dee4; --back: #f4f6f8; --card: #fff;
-  --mark: #2f6db3; --bad: #b3261e; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e8ec; --soft: #9aa6b1; --line: #333c45; --back: #12161a;
-  --card: #1b2127; --mark: #6aa5e3; --bad: #ff8a80; }} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--back); color: var(--ink);
-  font: 14px/1.45 system-ui, sans-serif; }}
-h1 {{ font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; }}
-h2 {{ font-size: .95rem; margin: 0 0 .5rem; }}
-p {{ margin: .3rem 0; color: var(--soft); overflow-wrap: anywhere; }}
-.figures {{ display: flex; flex-wrap: wrap; gap: .4rem 2.2rem; margin: 1rem 0; }}
-.figures b {{ display: block; color: var(--ink); font-size: 1.5rem; font-weight: 600; }}
-.figures span {{ color: var(--soft); }}
-main {{ columns: 25rem; column-gap: 1rem; }}
-section {{ break-inside: avoid; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: .9rem 1rem; margin: 0 0 1rem; }}
-table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: right; padding: .15rem 0 .15rem .8rem; vertical-align: top; }}
-th {{ color: var(--soft); font-weight: 500; border-bottom: 1px solid var(--line); }}
-th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
-table.pairs td:first-child {{ color: var(--soft); width: 38%; }}
-table.pairs td:last-child {{ overflow-wrap: anywhere; }}
-td.bar {{ width: 30%; vertical-align: middle; }}
-td.bar div {{ background: var(--mark); height: .55rem; border-radius: 2px; }}
-.map {{ width: 100%; max-height: 30rem; object-fit: contain; image-rendering: pixelated; display: block; }}
-.scale {{ height: .6rem; border-radius: 3px; margin-top: .6rem; background: linear-gradient(to right, {GRADIENT}); }}
-.ends {{ display: flex; justify-content: space-between; color: var(--soft); }}
-.bad {{ color: var(--bad); }}
-"""
 
 
 def page_of(facts: Facts, picture: npt.NDArray[np.int64] | None) -> str:
@@ -72,51 +35,16 @@ def page_of(facts: Facts, picture: npt.NDArray[np.int64] | None) -> str:
     page : str
     """
     sections = [
-        _section("Stages", _stages(facts)),
-        _section("Objects per block", _picture(facts, picture)),
-        _section("Kinds of work", _kinds(facts)),
-        _section("Neighbouring blocks", _agreement(facts)),
-        _section("Devices, memory and disks", _means(facts)),
-        _section("What was segmented", _subject(facts)),
-        _section("Parameters", _pairs(facts["parameters"].items())),
-        _section("Versions", _pairs(facts["versions"].items())),
+        section("Stages", _stages(facts)),
+        section("Objects per block", _picture(facts, picture)),
+        section("Kinds of work", _kinds(facts)),
+        section("Neighbouring blocks", _agreement(facts)),
+        section("Devices, memory and disks", _means(facts)),
+        section("What was segmented", _subject(facts)),
+        section("Parameters", pairs(facts["parameters"].items())),
+        section("Versions", pairs(facts["versions"].items())),
     ]
-    title = _text(f"tiledseg: {facts['image']['name']}")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n"
-        f"<p>{_text(facts['labels'])}</p>\n<p>{_text(_ended(facts))}</p>\n"
-        f"{_figures(facts)}\n<main>\n" + "\n".join(sections) + "\n</main></body></html>\n"
-    )
-
-
-def _text(value: object) -> str:
-    """Anything, safe within HTML."""
-    return html.escape(str(value))
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{content}</section>"
-
-
-def _table(head: Sequence[str], rows: Rows, shares: Sequence[float] = ()) -> str:
-    """A table; with a bar at the end of each row if shares are given."""
-    lines = ["<tr>" + "".join(f"<th>{_text(name)}</th>" for name in head) + "</tr>"]
-    for i, row in enumerate(rows):
-        cells = [f"<td>{_text(value)}</td>" for value in row]
-        if shares:
-            cells.append(f'<td class="bar"><div style="width: {shares[i]:.1%}"></div></td>')
-        lines.append("<tr>" + "".join(cells) + "</tr>")
-    return "<table>" + "".join(lines) + "</table>"
-
-
-def _pairs(pairs: Iterable[tuple[str, object]]) -> str:
-    """A table of names and values."""
-    shown = ((name, "–" if value is None else value) for name, value in pairs)
-    rows = (f"<tr><td>{_text(name)}</td><td>{_text(value)}</td></tr>" for name, value in shown)
-    return '<table class="pairs">' + "".join(rows) + "</table>"
+    return document(f"tiledseg: {facts['image']['name']}", [facts["labels"], _ended(facts)], _figures(facts), sections)
 
 
 def _ended(facts: Facts) -> str:
@@ -138,7 +66,7 @@ def _figures(facts: Facts) -> str:
     if "all" in facts["pixels_per_second"]:
         shown.append((_large(facts["pixels_per_second"]["all"]), "pixels per second"))
     shown.append((_bytes(facts["peak_memory"]), "peak memory"))
-    return '<div class="figures">' + "".join(f"<span><b>{_text(n)}</b>{_text(of)}</span>" for n, of in shown) + "</div>"
+    return figures(shown)
 
 
 def _stages(facts: Facts) -> str:
@@ -154,7 +82,7 @@ def _stages(facts: Facts) -> str:
     lines = f"{facts['n_tiles']:,} tiles computed, {facts['n_skipped_tiles']:,} skipped as empty"
     if is_resumed:
         lines += f"; in all calls {whole['n_tiles']:,} and {whole['n_skipped_tiles']:,}"
-    return _table(head, rows) + f"<p>{_text(lines)}</p>" + _trouble(facts)
+    return table(head, rows) + f"<p>{escaped(lines)}</p>" + _trouble(facts)
 
 
 def _trouble(facts: Facts) -> str:
@@ -162,7 +90,7 @@ def _trouble(facts: Facts) -> str:
     text = f"<p>{facts['retries']:,} retries</p>"
     if facts["quarantined"]:
         names = "; ".join(facts["quarantined"])
-        text += f'<p class="bad">set aside by earlier calls, for they could not be computed then: {_text(names)}</p>'
+        text += f'<p class="bad">set aside by earlier calls, for they could not be computed then: {escaped(names)}</p>'
     return text
 
 
@@ -171,17 +99,13 @@ def _picture(facts: Facts, picture: npt.NDArray[np.int64] | None) -> str:
     per_block = facts["per_block"]
     if per_block is None or picture is None:
         return "<p>not known: an earlier version stitched the blocks</p>"
-    data = base64.b64encode(heat_map(picture)).decode("ascii")
     blocks, together = (" x ".join(str(n) for n in per_block[key]) for key in ("blocks", "together"))
     alone = all(n == 1 for n in per_block["together"])
     caption = f"{blocks} blocks; " + ("a square is one" if alone else f"a square puts {together} together")
     caption += f". {per_block['fewest']:,} to {per_block['most']:,} objects reach into a block."
     skipped = f"{facts['n_skipped_blocks']:,} of {facts['n_blocks']:,} blocks were skipped as empty."
-    return (
-        f'<img class="map" alt="objects per block" src="data:image/png;base64,{data}">'
-        f'<div class="scale"></div><div class="ends"><span>1</span><span>{int(picture.max(initial=0)):,}</span></div>'
-        f"<p>{_text(caption)} {_text(skipped)} Grey: none.</p>"
-    )
+    shown = map_of(heat_map(picture), "objects per block", ("1", f"{int(picture.max(initial=0)):,}"))
+    return f"{shown}<p>{escaped(caption)} {escaped(skipped)} Grey: none.</p>"
 
 
 def _kinds(facts: Facts) -> str:
@@ -199,14 +123,14 @@ def _kinds(facts: Facts) -> str:
         for kind in kinds
     ]
     shares = [source["cpu_seconds"].get(kind, 0.0) / total for kind in kinds]
-    text = _table(["kind", "seconds of tasks", "CPU seconds", ""], rows, shares)
+    text = table(["kind", "seconds of tasks", "CPU seconds", ""], rows, shares)
     return text + (f"<p>of all {facts['n_calls']} calls</p>" if is_resumed else "")
 
 
 def _agreement(facts: Facts) -> str:
     """How well neighbouring blocks agreed."""
     n_cut = facts["n_seam"] - facts["n_seam_linked"]
-    return _pairs(
+    return pairs(
         [
             ("seen by two blocks", f"{facts['n_pairs']:,} objects"),
             ("as the same pixels", f"{facts['n_exact_pairs']:,}"),
@@ -233,7 +157,7 @@ def _means(facts: Facts) -> str:
     rows += [(f"process {process}", _bytes(peak)) for process, peak in list(facts["peaks"].items())[:MOST_PROCESSES]]
     if len(facts["peaks"]) > MOST_PROCESSES:
         rows.append(("more processes", f"{len(facts['peaks']) - MOST_PROCESSES}, see report.json"))
-    return _pairs(rows)
+    return pairs(rows)
 
 
 def _subject(facts: Facts) -> str:
@@ -253,7 +177,7 @@ def _subject(facts: Facts) -> str:
         rows += [("model", f"{model['name']} ({model['architecture']})"), ("precision", model["precision"])]
         rows.append(("SHA-256 of the model", model["sha256"]))
     rows += [("labels", facts["labels"]), ("table", facts["table"]), ("scratch", facts["scratch"])]
-    return _pairs(rows)
+    return pairs(rows)
 
 
 def _by(numbers: Sequence[int]) -> str:

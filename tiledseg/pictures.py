@@ -8,14 +8,24 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import ImageError, OutputError, SettingsError
 
-__all__ = ["heat_map", "histogram", "overview", "read_png"]
+__all__ = [
+    "colour_map",
+    "draw_outlines",
+    "heat_map",
+    "histogram",
+    "outlined",
+    "outlines_of",
+    "overview",
+    "png_of",
+    "read_png",
+]
 
 # After Okabe and Ito's palette for all kinds of colour vision, without what drowns in the image.
 ON_DARK = np.array(
@@ -80,6 +90,31 @@ def overview(
     """
     from PIL import Image
 
+    _save(Image.fromarray(outlined(image, labels, max_side=max_side, low=low, high=high, window=window)), path)
+
+
+def outlined(
+    image: PixelArray,
+    labels: PixelArray,
+    *,
+    max_side: int = 1600,
+    low: float | None = None,
+    high: float | None = None,
+    window: tuple[slice, slice] | None = None,
+) -> Bytes:
+    """The picture that :func:`overview` writes.
+
+    Parameters are those of :func:`overview`.
+
+    Returns
+    -------
+    picture : array of uint8, shape (y, x, 3)
+
+    Raises
+    ------
+    SettingsError
+        As there.
+    """
     if len(image.shape) not in (2, 3) or (len(image.shape) == 3 and image.shape[2] != 3):
         raise SettingsError(f"image has shape {tuple(image.shape)}; give (y, x), or (y, x, 3) for RGB.")
     if tuple(labels.shape) != tuple(image.shape[:2]):
@@ -96,24 +131,26 @@ def overview(
     # On a colourful picture a thin line is lost: there outlines are doubled with the pixels.
     is_thick = pixels.ndim == 3
     if is_thick:
-        _draw_outlines(picture, shown)
+        draw_outlines(picture, shown)
     if 2 * max(shown.shape) <= max_side:
         shown = shown.repeat(2, axis=0).repeat(2, axis=1)
         picture = picture.repeat(2, axis=0).repeat(2, axis=1)
     if not is_thick:
-        _draw_outlines(picture, shown)
-    _save(Image.fromarray(picture), path)
+        draw_outlines(picture, shown)
+    return picture
 
 
-def histogram(sizes: npt.NDArray[np.float64], path: Path, median: float, quartiles: tuple[float, float]) -> None:
+def histogram(
+    sizes: npt.NDArray[np.float64], path: Path | BinaryIO, median: float, quartiles: tuple[float, float]
+) -> None:
     """Write a PNG of how often diameters occur, with their median and quartiles.
 
     Parameters
     ----------
     sizes : array of float64, shape (n,), n > 0
         Diameters in pixels.
-    path : Path
-        File to write, in a folder that exists.
+    path : Path or file
+        File to write, in a folder that exists; or one that is open.
     median : float
         Marked by a line.
     quartiles : (float, float)
@@ -172,16 +209,49 @@ def heat_map(counts: npt.NDArray[np.integer[Any]]) -> bytes:
     -------
     png : bytes
     """
+    return colour_map(np.where(counts > 0, counts, np.nan), 0, max(1, int(counts.max(initial=0))))
+
+
+def colour_map(values: npt.NDArray[np.floating[Any]], low: float, high: float) -> bytes:
+    """A PNG of numbers, one pixel each: the lowest dark blue, the highest yellow, and none a grey that lets the page
+    through.
+
+    Parameters
+    ----------
+    values : array of floats, shape (y, x)
+        NaN for none.
+    low, high : float
+        What gets the colours at either end; `low` below `high`.
+
+    Returns
+    -------
+    png : bytes
+    """
+    share = (values - low) / (high - low)
+    at = np.linspace(0, 1, len(SCALE))
+    pixels = np.full((*values.shape, 4), 255, np.uint8)
+    is_number = np.isfinite(share)
+    for channel in range(3):
+        pixels[is_number, channel] = np.rint(np.interp(share[is_number], at, SCALE[:, channel]))
+    pixels[~is_number] = NOTHING
+    return png_of(pixels)
+
+
+def png_of(picture: Bytes) -> bytes:
+    """A picture as a PNG.
+
+    Parameters
+    ----------
+    picture : array of uint8, shape (y, x, 3 or 4)
+
+    Returns
+    -------
+    png : bytes
+    """
     from PIL import Image
 
-    share = counts / max(1, int(counts.max(initial=0)))
-    at = np.linspace(0, 1, len(SCALE))
-    pixels = np.full((*counts.shape, 4), 255, np.uint8)
-    for channel in range(3):
-        pixels[..., channel] = np.rint(np.interp(share, at, SCALE[:, channel]))
-    pixels[counts == 0] = NOTHING
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG")
+    Image.fromarray(picture).save(file, format="PNG")
     return file.getvalue()
 
 
@@ -225,7 +295,7 @@ def _tick(largest: float) -> tuple[float, int]:
     return tick, max(0, -math.floor(math.log10(tick) + 1e-9))
 
 
-def _save(picture: Any, path: Path) -> None:
+def _save(picture: Any, path: Path | BinaryIO) -> None:
     """Write a picture as PNG."""
     try:
         picture.save(path, format="PNG")
@@ -270,19 +340,37 @@ def _as_bytes(pixels: npt.NDArray[Any], low: float | None, high: float | None) -
     return grey
 
 
-def _draw_outlines(picture: Bytes, labels: Labels) -> None:
-    """Colour, in place, the pixels of objects that have a 4-neighbour of another label."""
+def draw_outlines(picture: Bytes, labels: Labels, colours: Bytes | None = None) -> None:
+    """Colour, in place, the outlines of objects.
+
+    Parameters
+    ----------
+    picture : array of uint8, shape (y, x, 3)
+    labels : array of integers, shape (y, x)
+        0 background.
+    colours : array of uint8, shape (n, 3), optional
+        Of labels 0 to n - 1. Default: neighbours get different ones, that show on this picture.
+    """
+    is_outline = outlines_of(labels)
+    if colours is not None:
+        picture[is_outline] = colours[labels[is_outline]]
+        return
     ids, flat = np.unique(labels, return_inverse=True)
     places = flat.reshape(labels.shape) + (0 if ids[0] == 0 else 1)  # 1.. for objects, 0 background
+    chosen = _distinct_colours(places, int(places.max()))
+    palette = ON_DARK if picture.mean() < 128 else ON_LIGHT
+    picture[is_outline] = palette[chosen[places[is_outline]]]
+
+
+def outlines_of(labels: Labels) -> npt.NDArray[np.bool_]:
+    """The pixels of objects that have a 4-neighbour of another label."""
     is_outline = np.zeros(labels.shape, np.bool_)
     for low, high in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
-        differs = places[low] != places[high]
+        differs = labels[low] != labels[high]
         is_outline[low] |= differs
         is_outline[high] |= differs
-    is_outline &= places > 0
-    colours = _distinct_colours(places, int(places.max()))
-    palette = ON_DARK if picture.mean() < 128 else ON_LIGHT
-    picture[is_outline] = palette[colours[places[is_outline]]]
+    is_outline &= labels > 0
+    return is_outline
 
 
 def _distinct_colours(places: npt.NDArray[np.intp], n_objects: int) -> npt.NDArray[np.intp]:
