@@ -42,6 +42,7 @@ EXAMPLES = Path(__file__).parents[1] / "notebooks" / "cluster"
         ("[workers]\ngpu = 3", "workers.gpu must be a table, not 3"),
         ("[workers.gpu]\ngpus = -1", r"\[workers.gpu\] gpus must be at least 0, not -1"),
         ("[workers.gpu]\ngpus = true", "gpus must be a whole number, not True"),
+        ("[workers.gpu]\ntasks_per_gpu = 0", r"\[workers.gpu\] tasks_per_gpu must be at least 1, not 0"),
         ("[workers.gpu]\njobs = 0", "jobs must be at least 1"),
         ("[workers.gpu]\nmemory = 16", "memory must be a text, not 16"),
         ("[workers.gpu]\nmemory = '16'", "memory must be a text such as 16GiB"),
@@ -97,7 +98,7 @@ def scripts(system: str, folder: Path, text: str) -> dict[str, str]:
     [
         ("slurm", ["#SBATCH --gres=gpu:2", "#SBATCH --mem=65536M", "#SBATCH --time=240", "#SBATCH --partition=gpu"]),
         ("lsf", ['#BSUB -gpu "num=2"', "#BSUB -M 65536MB", "#BSUB -W 240", "#BSUB -q gpu"]),
-        ("pbs", ["#PBS -l select=1:ncpus=4:mem=65536mb:ngpus=2", "#PBS -l walltime=04:00:00", "#PBS -q gpu"]),
+        ("pbs", ["#PBS -l select=1:ncpus=8:mem=65536mb:ngpus=2", "#PBS -l walltime=04:00:00", "#PBS -q gpu"]),
         ("local", []),
     ],
 )
@@ -106,7 +107,7 @@ def test_job_scripts_of_the_example(tmp_path: Path, system: str, expected: list[
     assert list(found) == ["run.sh", "gpu.sh", "cpu.sh"]
     gpu, cpu = found["gpu.sh"].splitlines(), found["cpu.sh"].splitlines()
     assert set(expected) <= set(gpu)
-    for words in ("--nthreads 1 --resources GPU=1", "--memory-limit 32768MiB", "--lifetime 13500s"):
+    for words in ("--nthreads 6 --resources GPU=6", "--memory-limit 32768MiB", "--lifetime 13500s"):
         assert words in found["gpu.sh"]
     for words in ("--nthreads 16 --resources CPU=16", "--memory-limit 65536MiB", "CUDA_VISIBLE_DEVICES=\n"):
         assert words in found["cpu.sh"]
@@ -119,12 +120,13 @@ def test_job_scripts_of_the_example(tmp_path: Path, system: str, expected: list[
 
 
 def test_the_example_without_a_batch_system_is_a_script_of_bash() -> None:
-    subprocess.run(["bash", "-n", str(EXAMPLES / "scheduler-file.sh")], check=True)
+    read = subprocess.run(["bash", "-n", str(EXAMPLES / "scheduler-file.sh")], capture_output=True, text=True)
+    assert (read.returncode, read.stderr) == (0, "")
 
 
 def test_workers_with_a_gpu_do_all_where_there_are_no_others(tmp_path: Path) -> None:
     found = scripts("slurm", tmp_path, "[workers.gpu]\ngpus = 2\ncores = 8")
-    assert "--nthreads 4 --resources 'GPU=1 CPU=4'" in found["gpu.sh"]
+    assert "--nthreads 10 --resources 'GPU=6 CPU=4'" in found["gpu.sh"]
 
 
 def test_without_encryption_no_certificate_is_named(tmp_path: Path) -> None:

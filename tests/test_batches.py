@@ -224,8 +224,9 @@ class Workers:
         return [None, *self.free]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_batch_whoever_works(slide: Slide, tmp_path: Path) -> None:
-    job = tiledseg.segment(slide[0][:200, :200], tmp_path / "out.ome.zarr", diameter=24.0)._job
+    job = tiledseg.segment(slide[0][:200, :200], tmp_path / "out.ome.zarr", diameter=24.0).job
     assert isinstance(job.store, DiskStore)
     assert in_batches(job, Workers(2**33)).model.batch is None
     job = dataclasses.replace(job, device="cuda")
@@ -294,6 +295,5 @@ def test_a_model_that_chose_a_batch_computes_in_it() -> None:
     shown = np.random.default_rng(0).normal(size=(3, 2, 224, 224)).astype(np.float32)
     output, styles = network.predict(shown)
     assert (network.batch, network.shortage, output.shape, styles.shape) == (2, None, (3, 3, 224, 224), (3, 128))
-    np.testing.assert_allclose(
-        output, runner.load_network(find_model("tiledseg-nuclei"), "cpu").predict(shown)[0], atol=1e-4
-    )
+    alone = runner.load_network(find_model("tiledseg-nuclei"), "cpu").predict(shown)[0]
+    np.testing.assert_allclose(output, alone, rtol=0, atol=1e-6 * np.abs(alone).max())

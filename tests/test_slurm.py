@@ -32,6 +32,7 @@ memory = "8GiB"
 [workers.gpu]
 jobs = 3  # the third waits for a place
 gpus = 2
+tasks_per_gpu = 1  # there is no GPU, and little memory
 cores = 2
 memory = "4GiB"
 walltime = "20min"

@@ -19,14 +19,14 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from .claims import bind, claimed
-from .clients import GPU, client_of, local_client, local_processes, remote_client
+from .clients import CPU, GPU, TASKS_PER_GPU, client_of, local_client, local_processes, remote_client
 from .cores import CORES
 from .errors import ClusterError, DeviceError, SettingsError
-from .machine import machine_memory, n_cores, peak_memory, resolve_device
+from .machine import machine_memory, n_cores, peak_memory, resolve_device, usable_gpus
 from .malloc import give_back_freed_memory
 from .meters import Totals, measured
 from .tasks import Item, Pool, Tasks, Troubles, run_tasks
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 Function = Callable[..., Any]
 
 IN_FLIGHT_PER_THREAD = 3
-NETWORK_AT_ONCE = 3
-"""Tasks in this process that share its GPU: one computes while others read and write."""
 LOOPBACK = {"127.0.0.1", "::1", "localhost", "inproc"}
 POLL_S = 0.1
 FAILED = ("error", "cancelled")
@@ -57,7 +55,7 @@ class Crew:
     n_workers : int
         Processes.
     n_threads : int
-        Tasks at once in one of them; the most of any.
+        Tasks at once in one of them that are not of a network on a GPU; the most of any.
     worker_limit : int or None
         Bytes a worker may have before it is killed, the least of any; None if it has no limit.
     machine_bytes : int or None
@@ -66,6 +64,10 @@ class Crew:
         Whether the one worker is this process.
     n_network : int
         Of the processes, those that run the network; 0 for all of them.
+    n_on_gpu : int
+        Tasks of a network on a GPU at once in one of them.
+    does_both : bool
+        Whether one does these and others at once.
     """
 
     n_workers: int
@@ -74,6 +76,8 @@ class Crew:
     machine_bytes: int | None = None
     in_process: bool = False
     n_network: int = 0
+    n_on_gpu: int = 0
+    does_both: bool = False
 
 
 def _run_task(function: Function, item: Item, *args: Any) -> Any:
@@ -97,7 +101,9 @@ class _Call:
     def __call__(self, item: Item) -> Any:
         from distributed import get_worker
 
-        CORES.resize(int(get_worker().state.nthreads))
+        state = get_worker().state
+        # A process that has a GPU and does the rest as well has more threads than cores, for they wait for the GPU.
+        CORES.resize(int(state.total_resources.get(CPU, state.nthreads)))
         if self.uses_gpu:
             bind()
         with claimed() if self.claims else contextlib.nullcontext():
@@ -186,11 +192,13 @@ class ThreadExecutor(_Streams):
     @property
     def crew(self) -> Crew:
         """Who works: this process."""
-        return Crew(1, self.n_threads, machine_bytes=machine_memory(), in_process=True)
+        n_on_gpu = TASKS_PER_GPU if self._has_gpu else 0
+        memory = machine_memory()
+        return Crew(1, self.n_threads, machine_bytes=memory, in_process=True, n_on_gpu=n_on_gpu, does_both=True)
 
     def _pool(self) -> Pool:
         CORES.resize(self.n_threads)
-        return _ThreadPool(self.n_threads, NETWORK_AT_ONCE if self._has_gpu else 0)
+        return _ThreadPool(self.n_threads, TASKS_PER_GPU if self._has_gpu else 0)
 
     def device(self, wanted: str) -> str:
         """The kind of device the network will run on."""
@@ -283,15 +291,17 @@ class DaskExecutor(_Streams):
     def crew(self) -> Crew:
         """Who works, now."""
         workers = self._workers.now.values()
-        threads = [int(worker["nthreads"]) for worker in workers]
+        threads = [n for worker in workers if (n := _n_others(worker))]
         limits = [int(worker["memory_limit"]) for worker in workers if worker["memory_limit"]]
         are_here = all(worker["host"] in LOOPBACK for worker in workers)
         return Crew(
-            max(1, len(threads)),
+            max(1, len(workers)),
             max(threads, default=1),
             min(limits, default=None),
             machine_memory() if are_here else None,
             n_network=len(self._workers.addresses("network")) if self._workers.resource("network") else 0,
+            n_on_gpu=max((has_slots(worker, GPU) for worker in workers), default=0),
+            does_both=any(has_slots(worker, GPU) and has_slots(worker, CPU) for worker in workers),
         )
 
     def _pool(self) -> Pool:
@@ -307,14 +317,21 @@ class DaskExecutor(_Streams):
         if len(kinds) != 1:
             raise DeviceError(
                 "some workers have a GPU and some have none, and their results would differ in the last bits; start "
-                "those that have one with --resources GPU=1 and the others with --resources CPU=N for N threads, or "
-                "choose one kind with --device cpu."
+                f"those that have one with --nthreads {TASKS_PER_GPU} --resources GPU={TASKS_PER_GPU} and the others "
+                "with --resources CPU=N for N threads, or choose one kind with --device cpu."
             )
         return str(kinds.pop())
 
     def ask(self, function: Callable[[], Any]) -> list[Any]:
         """What a function says in every process that works for the network now."""
         return list(self.client.run(function, workers=self._workers.addresses("network")).values())
+
+
+def _n_others(worker: dict[str, Any]) -> int:
+    """How many tasks a worker does at once that are not of a network on a GPU; 0 if it is for the network alone."""
+    if has_slots(worker, CPU):
+        return has_slots(worker, CPU)
+    return 0 if has_slots(worker, GPU) else int(worker["nthreads"])
 
 
 class _DaskPool:
@@ -417,13 +434,16 @@ def _error_of(future: Any, result: Any) -> BaseException | None:
 def crew_of(workers: int | None, device: str, small: bool) -> Crew:
     """Who would work, with neither client nor scheduler given; starts nothing. See `connect`."""
     if _stays_here(workers, device, small):
-        return ThreadExecutor(n_cores()).crew
+        here = ThreadExecutor(n_cores()).crew
+        return replace(here, n_on_gpu=TASKS_PER_GPU if usable_gpus(device) else 0)
     processes = local_processes(workers, device)
     return Crew(
         len(processes),
-        max(process.n_threads for process in processes),
+        max(process.n_others for process in processes),
         machine_bytes=machine_memory(),
         n_network=sum(process.gpu is not None for process in processes),
+        n_on_gpu=max(dict(process.resources).get(GPU, 0) for process in processes),
+        does_both=any(process.gpu is not None and process.n_others for process in processes),
     )
 
 

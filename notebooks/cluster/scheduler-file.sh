@@ -3,8 +3,8 @@
 #
 # Start the workers by hand or by ssh, on each machine and as often as needed, also while the run goes on:
 #
-#   CUDA_VISIBLE_DEVICES=0 dask worker --scheduler-file scheduler.json --nthreads 1 --resources GPU=1 --no-dashboard
-#   CUDA_VISIBLE_DEVICES=1 dask worker --scheduler-file scheduler.json --nthreads 1 --resources GPU=1 --no-dashboard
+#   CUDA_VISIBLE_DEVICES=0 dask worker --scheduler-file scheduler.json --nthreads 6 --resources GPU=6 --no-dashboard
+#   CUDA_VISIBLE_DEVICES=1 dask worker --scheduler-file scheduler.json --nthreads 6 --resources GPU=6 --no-dashboard
 #   CUDA_VISIBLE_DEVICES= dask worker --scheduler-file scheduler.json --nthreads 16 --resources CPU=16 --no-dashboard
 #
 # As it is, whoever reaches the scheduler's port can run code in your name. For TLS set, for all processes,

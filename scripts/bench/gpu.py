@@ -1,6 +1,7 @@
 """Networks on a GPU beside Cellpose's own way of running them, and how busy a whole run keeps the GPU.
 
-    python scripts/bench/gpu.py [--size 16384] [--cellpose-python PATH] [--device cuda] [--toy] [--save FILE]
+    python scripts/bench/gpu.py [--size 16384] [--contrib-size 16384] [--cellpose-python PATH] [--device cuda]
+        [--toy] [--save FILE]
 
 First, tiles per second for cpsam and for the residual U-Net of Cellpose 1-3 with random weights, which take as long
 as any. Cellpose's are `cellpose.core.run_net` on a picture in memory, at its own batch of 8 and at the best of several,
@@ -9,12 +10,13 @@ float32. Ours are tiles in memory through `Network.start`, in the precision and 
 share of the rate at which the same device multiplies large matrices in the same type, and the difference of outputs.
 
 Second, whole runs from an OME-Zarr on disk to published labels, on a slide of `--size` pixels: with the default model,
-and with cpsam with random weights that see no cell anywhere; so its masks cost nothing, its flows all. Third, the same
-slide through `cellpose.contrib.distributed_segmentation`, see peers.py for its environment. How busy the GPU is says
+and with cpsam with random weights that see no cell anywhere; so its masks cost nothing, its flows all. Third, such a
+slide, if `--contrib-size` says so a smaller one, through `cellpose.contrib.distributed_segmentation` with the default
+model, see peers.py for its environment. How busy the GPU is says
 nvidia-smi ten times a second: the share of time in which any kernel ran. On a CPU it is the share of its cores
 that were at work: this script can be tried without a GPU, and its targets are not judged there.
 
-Some ten minutes on a large GPU. It has been run on CPUs only so far.
+Three minutes on an H100 with `--contrib-size 2048`; contrib takes the longer the larger its slide.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ POLL_MS = 100
 PIECE = 2048
 """Side of the slide that is laid side by side."""
 COLUMNS = {"network": 9, "who": 21, "batch": 6, "tiles/s": 9, "x Cellpose": 11, "TFLOP/s": 9, "of matrices": 12}
-RUN_COLUMNS = {"run": 20, "s": 8, "flows s": 9, "tiles": 8, "tiles/s": 9, "busy": 7, "in flows": 9}
+RUN_COLUMNS = {"run": 20, "px": 7, "s": 8, "Mpx/s": 7, "flows s": 9, "tiles": 8, "tiles/s": 9, "busy": 7, "in flows": 9}
 
 
 @dataclass(frozen=True)
@@ -325,8 +327,8 @@ def whole_run(name: str, image: Path, folder: Path, model: str, device: str) -> 
 
 
 def contrib_run(slide: Any, folder: Path, options: Any) -> dict[str, Any]:
-    """A row for `cellpose.contrib.distributed_segmentation` with our default model on the same slide."""
-    row: dict[str, Any] = {"run": "contrib"}
+    """A row for `cellpose.contrib.distributed_segmentation` with our default model on a slide."""
+    row: dict[str, Any] = {"run": "contrib", "px": slide.shape[0]}
     if options.cellpose_python is None:
         return {**row, "note": "no environment given"}
     pixels = slide[tuple(slice(0, n) for n in slide.shape)]
@@ -336,7 +338,8 @@ def contrib_run(slide: Any, folder: Path, options: Any) -> dict[str, Any]:
     prepare(bench)
     with Busy(options.device) as busy:
         measured, labels = run_peer(bench, "contrib", options.cellpose_python)
-    return {**row, "s": measured.seconds, "busy": busy.share(), **({} if labels is not None else measured.failure)}
+    done = measured.failure if labels is None else {"Mpx/s": slide.shape[0] ** 2 / measured.seconds / 1e6}
+    return {**row, "s": measured.seconds, "busy": busy.share(), **done}
 
 
 def runs(folder: Path, cpsam: Path, table: Table, options: Any) -> list[Target]:
@@ -347,10 +350,12 @@ def runs(folder: Path, cpsam: Path, table: Table, options: Any) -> list[Target]:
     write_image(folder / "slide.ome.zarr", slide, axes="yx", spacing_um=(0.5, 0.5))
     targets = []
     for name, model in (("tiledseg-nuclei", "tiledseg-nuclei"), ("cpsam", str(cpsam))):
-        table.add(whole_run(name, folder / "slide.ome.zarr", folder, model, options.device))
+        row = whole_run(name, folder / "slide.ome.zarr", folder, model, options.device)
+        table.add({**row, "px": side, "Mpx/s": side**2 / row["s"] / 1e6})
         if options.device == "cuda":
             targets.append(Target(f"{name}: GPU busy in the flows stage", table.rows[-1]["in flows"], BUSY))
-    table.add(contrib_run(slide, folder, options))
+    side = options.contrib_size or side
+    table.add(contrib_run(RepeatedSlide(piece, (side, side)), folder, options))
     return targets
 
 
@@ -359,6 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = parser(__doc__)
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what computes (default cuda)")
     made.add_argument("--size", type=int, metavar="PX", help="side of the slide of the whole runs (default 16384)")
+    made.add_argument("--contrib-size", type=int, metavar="PX", help="side of that for contrib (default: the same)")
     made.add_argument("--seconds", type=float, metavar="S", help="to measure a rate for (default 5)")
     made.add_argument("--cellpose-python", type=Path, metavar="PATH", help="interpreter with cellpose 3.1.1.3")
     options = made.parse_args(arguments)

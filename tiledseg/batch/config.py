@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..clients import TASKS_PER_GPU
 from ..errors import SettingsError
 
 __all__ = ["ClusterConfig", "Common", "JobConfig", "WorkersConfig", "read_config"]
@@ -111,10 +112,13 @@ class WorkersConfig(JobConfig):
     gpus: int = 0
     """GPUs of a job. With them it holds one worker for each, else one on all of its cores. Where another table has no
     GPUs, workers with one do nothing but the network."""
+    tasks_per_gpu: int = TASKS_PER_GPU
+    """Tasks that take turns on a GPU; fewer take less memory and leave it idle for longer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("gpus", self.gpus, 0)
+        _at_least("tasks_per_gpu", self.tasks_per_gpu, 1)
 
     @property
     def n_workers(self) -> int:

@@ -97,9 +97,9 @@ def _shares(config: ClusterConfig, wanted: WorkersConfig) -> tuple[int, str]:
     if not wanted.gpus:
         return wanted.cores, f"CPU={wanted.cores}"
     if any(not kind.gpus for kind in config.workers.values()):
-        return 1, "GPU=1"
+        return wanted.tasks_per_gpu, f"GPU={wanted.tasks_per_gpu}"
     n_threads = max(1, wanted.cores // wanted.gpus)
-    return n_threads, f"GPU=1 CPU={n_threads}"
+    return wanted.tasks_per_gpu + n_threads, f"GPU={wanted.tasks_per_gpu} CPU={n_threads}"
 
 
 def _memory_of(wanted: WorkersConfig) -> str:

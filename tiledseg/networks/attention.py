@@ -7,6 +7,9 @@ well: give the query ``R(h, w, :)`` and ``C(h, w, :)`` as further entries, and t
 ``j``, zeros elsewhere. Then there is no mask, and torch's fused kernels never hold more than a corner of the scores.
 In cpsam a head has 64 entries and the patches 32 rows and columns: 128, a size that these kernels are made for.
 
+What a query says of all distances is one product of matrices. ``R(h, w, :)`` is a part of it that begins one place
+earlier in every row of patches, so it is seen in place by its strides.
+
 References
 ----------
 Kirillov et al. (2023), "Segment Anything", arXiv:2304.02643; Li et al. (2022), "MViTv2: Improved Multiscale Vision
@@ -39,23 +42,26 @@ class PositionedAttention(nn.Module):
         Rows and columns of patches in a tile.
     """
 
-    along_rows: Tensor
-    along_columns: Tensor
+    distances: Tensor
     places: Tensor
 
     def __init__(self, attention: Any, grid: tuple[int, int]) -> None:
         super().__init__()
-        rows, columns = grid
+        rows, columns = self.grid = grid
         self.qkv, self.proj = attention.qkv, attention.proj
         self.n_heads: int = attention.num_heads
         self.n_entries: int = attention.proj.in_features // self.n_heads
+        self.scale: float = self.n_entries**-0.5
         places = torch.cat([torch.eye(rows).repeat_interleave(columns, 0), torch.eye(columns).repeat(rows, 1)], 1)
-        self.register_buffer("along_rows", _by_distance(attention.rel_pos_h.detach(), rows))
-        self.register_buffer("along_columns", _by_distance(attention.rel_pos_w.detach(), columns))
-        self.register_buffer("places", F.pad(places, (0, -(self.n_entries + rows + columns) % WHOLE)))
+        more = rows + columns - (self.n_entries + rows + columns) % -WHOLE
+        self.register_buffer("places", F.pad(places, (0, more - rows - columns)))
+        positions = (attention.rel_pos_h.detach(), attention.rel_pos_w.detach())
+        distances = torch.cat([_by_distance(of, n) for of, n in zip(positions, grid, strict=True)], 1)
+        # Queries are scaled before they are multiplied with it.
+        self.register_buffer("distances", F.pad(distances / self.scale, (0, -distances.shape[1] % WHOLE)))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Attend.
+        """Attend; without gradients.
 
         Parameters
         ----------
@@ -65,34 +71,62 @@ class PositionedAttention(nn.Module):
         -------
         attended : Tensor, same shape
         """
-        n, rows, columns, width = features.shape
-        per_head = self.qkv(features).view(n, rows * columns, 3, self.n_heads, self.n_entries)
-        query, key, value = per_head.permute(2, 0, 3, 1, 4)
-        there = query.unflatten(2, (rows, columns))
-        by_row = torch.einsum("nmhwc,hck->nmhwk", there, self.along_rows).flatten(2, 3)
-        by_column = torch.einsum("nmhwc,wck->nmhwk", there, self.along_columns).flatten(2, 3)
-        more = self.places.shape[-1]
-        query = torch.cat([query * self.n_entries**-0.5, by_row, by_column], -1)
-        if more > rows + columns:
-            query = F.pad(query, (0, more - rows - columns))
-        key = torch.cat([key, self.places.expand(n, self.n_heads, -1, -1)], -1)
-        # The kernels want values as long as the keys are.
-        attended = F.scaled_dot_product_attention(query, key, F.pad(value, (0, more)), scale=1.0)
-        together = attended[..., : self.n_entries].transpose(1, 2).reshape(n, rows, columns, width)
+        rows, columns = self.grid
+        shape = (len(features), rows * columns, 3, self.n_heads, self.n_entries)
+        query, key, value = self.qkv(features).view(shape).unbind(2)
+        query, key = self._long_query(query), self._long_key(key)
+        if not features.is_cuda:
+            # The fused kernel of CPUs wants values as long as keys.
+            value = F.pad(value, (0, self.places.shape[-1]))
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=1.0
+        )
+        together = attended.transpose(1, 2)[..., : self.n_entries].reshape(features.shape)
         out: Tensor = self.proj(together)
         return out
 
+    def _long_query(self, query: Tensor) -> Tensor:
+        """Queries, scaled, and what they say of each row and column; shape (n, patches, heads, entries)."""
+        rows, columns = self.grid
+        long = self._long(query)
+        scaled = torch.mul(query, self.scale, out=long[..., : self.n_entries])
+        said = scaled.flatten(0, 2) @ self.distances
+        shape = (len(query), rows, columns, self.n_heads)
+        n, row, column, head, _ = said.view(*shape, -1).stride()
+        more = long.view(*shape, -1)[..., self.n_entries :]
+        more[..., :rows] = said.as_strided((*shape, rows), (n, row - 1, column, head, 1), rows - 1)
+        first = 2 * rows - 1 + columns - 1
+        more[..., rows : rows + columns] = said.as_strided((*shape, columns), (n, row, column - 1, head, 1), first)
+        more[..., rows + columns :] = 0
+        return long
+
+    def _long_key(self, key: Tensor) -> Tensor:
+        """Keys, and their places; shape (n, patches, heads, entries)."""
+        long = self._long(key)
+        long[..., : self.n_entries] = key
+        long[..., self.n_entries :] = self.places[:, None]
+        return long
+
+    def _long(self, entries: Tensor) -> Tensor:
+        """Room for queries or keys with further entries."""
+        return entries.new_empty((*entries.shape[:3], self.n_entries + self.places.shape[-1]))
+
 
 def _by_distance(positions: Tensor, side: int) -> Tensor:
-    """What to multiply a query at a place with to get its term for a key at another, shape (place, entries, other).
+    """What to multiply a query with to get its term for a key at each distance, shape (entries, 2 * side - 1).
 
-    Stored positions are for distances of another grid if its side was another: then they are interpolated.
+    The distance counts from the key to the query, the largest first. Stored positions are for distances of another
+    grid if its side was another: then they are interpolated.
     """
     n_distances = 2 * side - 1
     if len(positions) != n_distances:
         positions = F.interpolate(positions.float().T[None], size=n_distances, mode="linear")[0].T
-    place = torch.arange(side)
-    return positions[place[:, None] - place[None, :] + side - 1].transpose(1, 2).contiguous()
+    return positions.flip(0).T
+
+
+def _in_order(_block: Any, given: tuple[Tensor]) -> tuple[Tensor]:
+    """Features in the order of their axes, as layers read them; otherwise each of them copies them first."""
+    return (given[0].contiguous(),)
 
 
 def fuse_attention(net: Any) -> None:
@@ -104,5 +138,6 @@ def fuse_attention(net: Any) -> None:
         Of `cellpose.vit`. Its state can no longer be saved as a model file.
     """
     rows, columns = (int(n) for n in net.encoder.pos_embed.shape[1:3])
+    net.encoder.blocks[0].register_forward_pre_hook(_in_order)
     for block in net.encoder.blocks:
         block.attn = PositionedAttention(block.attn, (rows, columns))

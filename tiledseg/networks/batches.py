@@ -7,18 +7,23 @@ products of float32 are computed in float32 and not in TF32, whatever this proce
 of GPU, or two versions of torch, may differ in last bits; and rather than fail for want of memory cuDNN may take
 a kernel that needs less, and not say so: half of what is free is left to it.
 
-Memory. The first pass reserves what all others need, so that others cannot take it. If memory is short all the same,
+Memory. What a pass needs is reserved from the first one on, so that others cannot take it. If it is short all the same,
 what torch keeps unused is given back and the pass is tried again as it is: that changes nothing. Only then is
 the batch halved, for as long as the process lives, and some tiles that were computed before are computed again in
 halves: kernels are chosen by shapes and not by values, so if these come out the same to the last bit, all do. If not,
 or if the whole batch never fitted, the tiles that follow are counted as inexact: the same cells, but some outlines
 may differ by a pixel from those of a run that had the memory.
+
+Time. To tell a GPU the hundreds of kernels of a pass takes Python about as long as the GPU takes to do them, and no
+other thread can use Python meanwhile. So the pass is recorded once, as a CUDA graph, and replayed from then on, if what
+comes of it is the same to the last bit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +41,8 @@ from .states import load_state
 __all__ = ["Passes", "fitting_batch", "free_memory", "shortage_text", "tile_memory"]
 
 logger = logging.getLogger(__name__)
+
+_cuda: Any = torch.cuda  # comes with few types
 
 Results = Callable[[], list[Tensor]]
 """Waits for what a pass gives."""
@@ -128,12 +135,16 @@ class Passes:
         # Tasks overlap by reading while another computes; two passes at once would take twice the memory.
         self._lock: contextlib.AbstractContextManager[Any] = GPU if device == "cuda" else contextlib.nullcontext()
         self._whole: list[Tensor] = []
+        self._recorded: _Recorded | None = None
         with self._lock:
             self._net = self._with_room(lambda: net.to(device, **how))
         if device == "cuda" or batch > 1:
             self._sample = torch.randn((batch, *tile_shape), generator=torch.Generator().manual_seed(0))
             found = self.begin(self._sample)()
             self._whole = found if self.at_once == batch else []
+        if device == "cuda" and self._whole:
+            with self._lock:
+                self._record()
 
     def begin(self, tiles: Tensor) -> Results:
         """Start the pass of a batch; a GPU is told what to do and not waited for.
@@ -160,9 +171,27 @@ class Passes:
     def _queue(self, tiles: Tensor) -> Results:
         """Tell the device to send tiles through the network."""
         with self._way.kernels(), torch.inference_mode():
-            parts = torch.split(self._way.send(tiles), self.at_once)
-            found = [self._net(part.to(**self._how))[:2] for part in parts]
-            return self._way.fetch([torch.cat(of).float().contiguous() for of in zip(*found, strict=True)])
+            sent = self._way.send(tiles)
+            return self._way.fetch(self._compute(sent) if self._recorded is None else self._recorded(sent))
+
+    def _compute(self, tiles: Tensor) -> list[Tensor]:
+        """Output and style of tiles that are on the device."""
+        found = [self._net(part.to(**self._how)) for part in torch.split(tiles, self.at_once)]
+        return [torch.cat(of).float().contiguous() for of in zip(*found, strict=True)]
+
+    def _record(self) -> None:
+        """Record the pass of a batch, and replay it from now on if that gives the same bits."""
+        reason = "replayed it gives other bits"
+        try:
+            with self._way.kernels(), torch.inference_mode():
+                self._recorded = _Recorded(self._compute, self._sample)
+            found = self._queue(self._sample)()
+        except RuntimeError as error:
+            reason, found = str(error), []
+        if not (found and all(map(torch.equal, found, self._whole))):
+            self._recorded = None
+            logger.info("the pass of a batch is not recorded, which would save time: %s.", reason)
+        self._way.give_back()  # the memory of the pass that was not recorded
 
     def _with_room(self, work: Callable[[], Any], make_room: Callable[[], None] | None = None) -> Any:
         """Do what needs memory of the device; where it is short, again, and again after making room."""
@@ -187,6 +216,7 @@ class Passes:
     def _halve(self) -> None:
         """From now on send half as many tiles through the network at once."""
         self.at_once //= 2
+        self._recorded = None
         done, found = _tried(lambda: self._queue(self._sample)()) if self._whole else (False, [])
         self.is_exact = done and all(map(torch.equal, found, self._whole))
         # Whoever hands out the work warns, see `flows.run`: a worker's warnings are seldom read.
@@ -230,18 +260,12 @@ class _OnGpu:
     """Copies that run beside the passes: those to the GPU and those from it each in a stream of their own."""
 
     def __init__(self) -> None:
-        stream: Any = torch.cuda.Stream
-        self._up, self._down = stream(), stream()
+        self._up, self._down = _cuda.Stream(), _cuda.Stream()
 
     @contextlib.contextmanager
     def kernels(self) -> Iterator[None]:
         """Within, the same kernels are taken for the same shapes, whatever else this process has set."""
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        with (
-            _fixed_kernels(),
-            sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
-        ):
+        with _fixed_kernels(), _fused_attention():
             yield
 
     def send(self, tiles: Tensor) -> Tensor:
@@ -257,8 +281,7 @@ class _OnGpu:
         """The results once they are computed, in pinned memory; the wait leaves the core to others."""
         self._down.wait_stream(torch.cuda.current_stream())
         fetched = [torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for value in values]
-        event: Any = torch.cuda.Event
-        arrived = event(blocking=True)
+        arrived = _cuda.Event(blocking=True)
         with torch.cuda.stream(self._down):
             for here, there in zip(fetched, values, strict=True):
                 here.copy_(there, non_blocking=True)
@@ -275,6 +298,50 @@ class _OnGpu:
         """Give memory back that torch keeps unused."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+
+
+class _Recorded:
+    """What a GPU is told to do with a batch, as a CUDA graph with memory of its own.
+
+    Parameters
+    ----------
+    work : callable
+        From tiles on the GPU to a list of results there.
+    sample : Tensor
+        Tiles of the shape that all have.
+    """
+
+    def __init__(self, work: Callable[[Tensor], list[Tensor]], sample: Tensor) -> None:
+        self._tiles = sample.to("cuda")
+        aside = _cuda.Stream()
+        aside.wait_stream(_cuda.current_stream())
+        with _cuda.stream(aside):
+            work(self._tiles)  # what libraries prepare on a stream is not to be recorded
+        _cuda.current_stream().wait_stream(aside)
+        self._graph = _cuda.CUDAGraph()
+        # Other threads may go on to copy what they had computed.
+        with _cuda.graph(self._graph, stream=aside, capture_error_mode="thread_local"):
+            self._found = work(self._tiles)
+
+    def __call__(self, tiles: Tensor) -> list[Tensor]:
+        """The results, which the next batch does not overwrite."""
+        self._tiles.copy_(tiles)
+        self._graph.replay()
+        return [values.clone() for values in self._found]
+
+
+def _fused_attention() -> contextlib.AbstractContextManager[None]:
+    """Within, torch takes the first of these kernels that computes what it is given."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    context: contextlib.AbstractContextManager[None]
+    if "set_priority" in inspect.signature(sdpa_kernel).parameters:
+        # Before torch 2.6 cuDNN's had errors, and no order could be given.
+        context = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *kernels], set_priority=True)
+    else:
+        context = sdpa_kernel(kernels)
+    return context
 
 
 @contextlib.contextmanager

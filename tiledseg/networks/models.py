@@ -22,6 +22,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 POOLING = 8
 """Tiles start at multiples of it: the total pooling of a U-Net, and the patch of a transformer."""
 
+TILE_OVERLAP = 0.1
+"""Cellpose's."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -73,6 +76,8 @@ class KnownModel:
         Names in the folder of models; no size model if empty.
     n_inputs : int or None
         How many of the network's input channels were trained on; None for all.
+    tile_overlap : float
+        By how much tiles overlap where nobody asks for more, see `find_model`.
     """
 
     name: str
@@ -82,6 +87,7 @@ class KnownModel:
     file: str
     size_file: str = ""
     n_inputs: int | None = None
+    tile_overlap: float = TILE_OVERLAP
 
     @property
     def path(self) -> Path:
@@ -99,6 +105,7 @@ KNOWN_MODELS = {
             "tiledseg",
             "tiledseg-nuclei.pt",
             n_inputs=1,
+            tile_overlap=0.05,  # on held-out images and the mosaic as precise as with 0.1, for a seventh fewer tiles
         ),
         KnownModel(
             "cyto3",
@@ -188,7 +195,7 @@ def list_models() -> Iterator[dict[str, Any]]:
         }
 
 
-def find_model(name: str, tile_overlap: float = 0.1) -> Model:
+def find_model(name: str, tile_overlap: float | None = None) -> Model:
     """Describe a model given by name or file.
 
     A named model that is not here is fetched from Cellpose's store into Cellpose's folder of models, with its size
@@ -198,9 +205,9 @@ def find_model(name: str, tile_overlap: float = 0.1) -> Model:
     ----------
     name : str
         A key of `KNOWN_MODELS`, or the path of a file.
-    tile_overlap : float
+    tile_overlap : float, optional
         Tiles lie ``tile / (1 + 2 * tile_overlap)`` apart, as in Cellpose, but at whole steps of the network; 0.5 is
-        half a tile.
+        half a tile. Default: the model's own.
 
     Raises
     ------
@@ -217,12 +224,13 @@ def find_model(name: str, tile_overlap: float = 0.1) -> Model:
             )
         size = path.with_name(f"{path.name}_size.npy")
         size_path = size if size.is_file() else None
-        return _describe(name, path, path.stat().st_mtime_ns, size_path, None, tile_overlap)
+        return _describe(name, path, path.stat().st_mtime_ns, size_path, None, tile_overlap or TILE_OVERLAP)
     size_path = model_folder() / known.size_file if known.size_file else None
     for needed in (known.path, size_path):
         if needed is not None and not needed.is_file():
             fetch(known.store, needed)
-    return _describe(name, known.path, known.path.stat().st_mtime_ns, size_path, known.n_inputs, tile_overlap)
+    overlap = tile_overlap or known.tile_overlap
+    return _describe(name, known.path, known.path.stat().st_mtime_ns, size_path, known.n_inputs, overlap)
 
 
 @functools.lru_cache(maxsize=8)

@@ -39,7 +39,7 @@ def transformer_of(model: Model) -> Any:
 
 
 def _empty(model: Model) -> Any:
-    """The network with random weights."""
+    """The network before it has weights."""
     try:
         from cellpose import vit
     except ImportError as error:
@@ -47,9 +47,11 @@ def _empty(model: Model) -> Any:
             f"model {model.name} is a network of Cellpose 4, which is not installed ({error}); install it with "
             "pip install 'tiledseg[cellpose]'."
         ) from error
+    if model.architecture == "cpsam":
+        with torch.device("meta"):  # drawing random weights takes seconds
+            net = vit.CPSAM()
+        return net.to_empty(device="cpu")
     with torch.device("cpu"):
-        if model.architecture == "cpsam":
-            return vit.CPSAM()
         try:
             return vit.CPDINO(model_name="vitb" if model.architecture == "cpdino-vitb" else "vitl")
         except NameError as error:

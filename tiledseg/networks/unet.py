@@ -37,6 +37,11 @@ def _norm_conv(n_in: int, n_out: int) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm2d(n_in, eps=1e-5, momentum=0.05), nn.Conv2d(n_in, n_out, 1))
 
 
+def _sum(first: Tensor, second: Tensor) -> Tensor:
+    """The sum; in place of the first where no gradient needs that."""
+    return first + second if torch.is_grad_enabled() else first.add_(second)
+
+
 class _DownBlock(nn.Module):
     """Two residual pairs of convolutions."""
 
@@ -48,9 +53,8 @@ class _DownBlock(nn.Module):
         self.proj = _norm_conv(n_in, n_out)
 
     def forward(self, features: Tensor) -> Tensor:
-        features = self.proj(features) + self.conv[1](self.conv[0](features))
-        out: Tensor = features + self.conv[3](self.conv[2](features))
-        return out
+        features = _sum(self.proj(features), self.conv[1](self.conv[0](features)))
+        return _sum(features, self.conv[3](self.conv[2](features)))
 
 
 class _Downsample(nn.Module):
@@ -85,6 +89,42 @@ class _StyleConv(nn.Module):
         return out
 
 
+class _ScaledStyleConv(_StyleConv):
+    """The same with its normalisation in the sum: the map of the style is scaled and shifted for it."""
+
+    scale: Tensor
+
+    def __init__(self, conv: _StyleConv) -> None:
+        nn.Module.__init__(self)
+        self.conv, self.full = conv.conv, conv.full
+        scale, shift = _scale_and_shift(self.conv[0])
+        self.conv[0] = nn.Identity()
+        self.full.weight *= scale[:, None]
+        self.full.bias.mul_(scale).add_(shift)
+        self.register_buffer("scale", scale[:, None, None])
+
+    def forward(self, style: Tensor, features: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            features = features + skip
+        out: Tensor = self.conv(torch.addcmul(self.full(style)[:, :, None, None], features, self.scale))
+        return out
+
+
+class _Scaled(nn.Module):
+    """A normalisation by what is known, in half the time that torch's own takes on a CPU."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        for name, values in zip(("scale", "shift"), _scale_and_shift(norm), strict=True):
+            self.register_buffer(name, values[:, None, None])
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, features, self.scale)
+
+
 class _UpBlock(nn.Module):
     """Two residual pairs of convolutions, three of the four shifted by the style vector."""
 
@@ -98,9 +138,8 @@ class _UpBlock(nn.Module):
 
     def forward(self, features: Tensor, skip: Tensor, style: Tensor) -> Tensor:
         conv = self.conv
-        features = self.proj(features) + conv[1](style, conv[0](features), skip)
-        out: Tensor = features + conv[3](style, conv[2](style, features))
-        return out
+        features = _sum(self.proj(features), conv[1](style, conv[0](features), skip))
+        return _sum(features, conv[3](style, conv[2](style, features)))
 
 
 class _Upsample(nn.Module):
@@ -170,10 +209,11 @@ def prepare_to_predict(net: ResidualUNet) -> None:
     """Rearrange a network so that it computes the same with less.
 
     Outputs change by rounding only. The network can no longer be trained, nor its state be saved as a
-    model file. Two things are done:
+    model file. Three things are done:
 
     - Batch normalisation is folded into the convolution before or after it where nothing lies between:
       half of these layers go.
+    - Other normalisations become a product and a sum, and where a style is added one with that.
     - What follows an upsampling by repetition is done before it. Normalisation, ReLU and projection see
       a quarter of the pixels; a convolution of 3 x 3 repeated pixels is a transposed convolution of
       the pixels themselves with 16 weights for 4 outputs instead of 36.
@@ -196,6 +236,13 @@ def prepare_to_predict(net: ResidualUNet) -> None:
             scale = _fold_into_previous(up.conv[2].conv[2], up.conv[3].conv)
             up.conv[3].full.weight *= scale[:, None]
             up.conv[3].full.bias *= scale
+            for i in (1, 2):
+                up.conv[i] = _ScaledStyleConv(up.conv[i])
+            up.conv[0][0] = _Scaled(up.conv[0][0])
+        for down in downs:
+            for i in (0, 2):
+                down.conv[i][0] = _Scaled(down.conv[i][0])
+        net.output[0] = _Scaled(net.output[0])
         for up in ups[:-1]:
             up.proj = nn.Sequential(up.proj, net.upsample.upsampling)
             up.conv[0][2] = _with_upsampling(up.conv[0][2])
