@@ -10,6 +10,7 @@ import pytest
 
 import tiledseg
 from tiledseg.errors import SettingsError
+from tiledseg.fields import FieldPoints
 from tiledseg.grid import WorkingGrid
 from tiledseg.images import open_image
 from tiledseg.inputs import Input
@@ -23,12 +24,21 @@ from .conftest import Slide
 
 LOCAL = {"normalize": "local", "diameter": 24.0}
 WHOLE = (100.0, 1100.0)
+LATTICE = (128.0, 128.0), (((0.0, 0),), ((0.0, 0),))
 
 
-def map_of(image: np.ndarray, is_counted: np.ndarray | None = None, noise: float = 0.0) -> np.ndarray:
+def map_of(
+    image: np.ndarray,
+    is_counted: np.ndarray | None = None,
+    noise: float = 0.0,
+    rows: tuple[int, ...] = (0,),
+    columns: tuple[int, ...] = (0,),
+) -> np.ndarray:
     samples = sample_cells(image.astype(np.float32))
     counted = np.ones(samples.shape[:2], bool) if is_counted is None else is_counted
-    return range_map(lambda start, stop: samples[start:stop], np.full(counted.shape, noise, np.float32), counted, WHOLE)
+    points = FieldPoints(image.shape[0], 128, rows), FieldPoints(image.shape[1], 128, columns)
+    noises = np.full(counted.shape, noise, np.float32)
+    return range_map(lambda start, stop: samples[start:stop], noises, counted, WHOLE, points)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +107,7 @@ def test_a_part_of_a_tile_holds_the_values_of_the_whole(normalisation: str) -> N
     image = np.random.default_rng(1).uniform(0, 1000, (900, 700)).astype(np.float32)
     image[200:210, 300:330] = np.nan
     grid = WorkingGrid.for_diameter(image.shape, 20.0, 17.0)
-    how = WholeRange(*WHOLE) if normalisation == "whole" else LocalRange(map_of(image)[None], 0, (128.0, 128.0))
+    how = WholeRange(*WHOLE) if normalisation == "whole" else LocalRange(map_of(image)[None], 0, *LATTICE)
     opened = open_image(image, axes="yx")
     whole = read_tile(opened, [(Input((0,)), how)], grid, (), tuple(slice(0, n) for n in grid.shape))[0]
     for region in (np.s_[0:224, 0:224], np.s_[150:374, 130:354], np.s_[541:765, 371:595]):
@@ -114,7 +124,7 @@ def test_pixels_that_are_not_finite_become_the_local_background() -> None:
     points = np.stack([np.linspace(100, 900, 6).reshape(1, 6), np.full((1, 6), 50.0)]).astype(np.float32)
     image = np.full((128, 768), np.inf, np.float32)
     grid = WorkingGrid(image.shape, (1.0, 1.0))
-    how = LocalRange(points[None], 0, (128.0, 128.0))
+    how = LocalRange(points[None], 0, *LATTICE)
     values = read_tile(open_image(image, axes="yx"), [(Input((0,)), how)], grid, (), np.s_[0:128, 0:768])[0]
     assert np.array_equal(values, np.zeros_like(values))
 

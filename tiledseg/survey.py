@@ -4,7 +4,7 @@ Reads
     The image: all of one level (level 0, or a coarser one of very large images), then windows.
 Writes
     ``survey.zarr``: for each input of the network sampled values and noise statistics per region, then
-    the foreground map of all and, if asked for, the maps of the normalisation;
+    the foreground map of all and, if asked for, the maps of the normalisation, with what tells where fields begin;
     ``survey.zarr/diameters-<moment>``: of the objects that the diameter was estimated from, in pixels of level 0;
     ``survey.json``: percentiles (of the parts that are not empty), diameter with its spread.
 Parallel over
@@ -14,39 +14,33 @@ Parallel over
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .cluster import Executor, peak_memory
-from .config import MasksConfig
-from .dynamics import compute_masks
-from .errors import ModelError
+from .diameters import find_diameter
+from .fields import FieldPoints, field_starts, steps_along
 from .foreground import foreground_map
 from .frames import Extent, label_shape, level_geometry, refuse_missing
-from .grid import Index, Region, WorkingGrid, region_shape, region_text, shift
+from .grid import Index, Region, region_shape, region_text, shift
 from .images import Image
 from .inputs import channels_of
 from .job import Diameter, Job, Moment, Surveyed
 from .meters import metered
-from .networks.runner import load_network
-from .normalisation import CELL, CELLS_PER_POINT, SAMPLES_PER_CELL, percentiles_of, range_map, sample_cells
-from .objects import object_extents
+from .normalisation import CELL, PITCH, SAMPLES_PER_CELL, percentiles_of, range_map, sample_cells
 from .progress import Progress
-from .working import box_mean, finite_float, read_tile
+from .working import box_mean, finite_float
 
-__all__ = ["measure_window", "process_block", "region_to_survey", "run", "sizes_name"]
+__all__ = ["process_block", "region_to_survey", "run"]
 
 logger = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
-Centre = tuple[float, ...]
-Part = tuple[tuple[float, float], ...]
 
 REGION = 2048
 POOL = 4
@@ -59,18 +53,6 @@ CELL_PLANES = 8
 """Planes of a cell of the map of the foreground."""
 MAX_PLANES = 64
 """Of a region."""
-
-WINDOWS_PER_AXIS = (1, 6, 6, 4, 3)
-GUESS_WINDOWS_PER_AXIS = (1, 3, 3, 2, 2)
-"""By the number of axes that are longer than one pixel."""
-GUESS_DIAMETERS = (0.5, 1.0, 2.0, 4.0)
-PASSES = 4
-MIN_OBJECTS = 5
-
-
-def sizes_name(moment: int) -> str:
-    """Where the scratch keeps the diameters of the objects that an estimate rests on, in pixels of level 0."""
-    return f"survey.zarr/diameters-{moment}"
 
 
 @metered("statistics")
@@ -165,6 +147,11 @@ class _Sampling:
         return tuple({"t": 1, "z": across}.get(axis, along) for axis in self.axes)
 
     @property
+    def longest_side(self) -> int:
+        """Rows or columns of a region, at most."""
+        return max(min(side, n) for side, n in zip(self.sides[-2:], self.shape[-2:], strict=True))
+
+    @property
     def regions_per_moment(self) -> int:
         """Regions of one time point."""
         return math.prod(n for n, axis in zip(self.counts, self.axes, strict=True) if axis != "t")
@@ -233,6 +220,12 @@ def survey_region(number: int, job: Job) -> dict[str, Any]:
         job.store.open("survey.zarr/samples")[i, number] = stored
         statistics = _per_planes([process_block(plane, core[-2:]) for plane in planes])
         job.store.open("survey.zarr/cells")[(i, slice(None), *cells)] = statistics.reshape(3, *region_shape(cells))
+        if job.settings.survey.normalize == "local":
+            steps = np.zeros((2, sampling.longest_side), np.float64)
+            for plane in planes:
+                for target, along in zip(steps, steps_along(plane, core[-2:]), strict=True):
+                    target[: along.size] += along
+            job.store.open("survey.zarr/steps")[i, number] = steps
         facts[i] = n_nonfinite, values[core].min(), values[core].max()
     job.store.save(f"survey.zarr/facts-{number}", facts)
     return {"peak": peak_memory()}
@@ -261,6 +254,8 @@ def run(job: Job, executor: Executor, progress: Progress) -> Surveyed:
     if job.settings.survey.normalize == "local":
         per_chunk = (1, *sampling.cells_per_region, SAMPLES_PER_CELL)
         job.store.create("survey.zarr/by-cell", (n, *sampling.cells, SAMPLES_PER_CELL), per_chunk, "float32")
+        n_steps = sampling.longest_side
+        job.store.create("survey.zarr/steps", (n, n_regions, 2, n_steps), (1, 1, 2, n_steps), "float64")
     done = job.store.done("survey")
     progress.start("survey", n_regions, len(done))
     todo = [number for number in range(n_regions) if number not in done]
@@ -274,7 +269,7 @@ def run(job: Job, executor: Executor, progress: Progress) -> Surveyed:
     found = _summarise(job, sampling)
     moments = []
     for i, moment in enumerate(found.moments):
-        diameter = _find_diameter(job, found, i, executor, progress)
+        diameter = find_diameter(job, found, i, executor, progress)
         moments.append(dataclasses.replace(moment, diameter=diameter))
     found = dataclasses.replace(found, moments=tuple(moments))
     job.store.write_json("survey.json", found.to_json())
@@ -288,16 +283,17 @@ def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
     n_moments = sampling.shape[0] if is_per_time else 1
     scale, _ = level_geometry(job.image, sampling.level)
     cell_size = tuple(cell * of for cell, of in zip(sampling.cell, scale, strict=True))
-    pitch = _pitch(sampling)
+    points: tuple[FieldPoints, ...] = ()
     if settings.normalize == "local":
-        lattice = tuple(-(-count // p) for count, p in zip(sampling.cells, pitch, strict=True))
+        points = _points(job, sampling)
+        lattice = tuple(along.count for along in points)
         chunks = tuple(min(m, 256) if axis in "yx" else 1 for m, axis in zip(lattice, sampling.axes, strict=True))
         job.store.create("survey.zarr/normalisation", (n, 2, *lattice), (1, 2, *chunks), "float32")
     seen: list[npt.NDArray[np.bool_]] = []
     moments, n_nonfinite = [], 0
     is_wanted = _wanted(job, sampling.cells, cell_size)
     for moment in range(n_moments):
-        found, foreground, n_bad = _summarise_moment(job, sampling, moment if is_per_time else None, is_wanted)
+        found, foreground, n_bad = _summarise_moment(job, sampling, moment if is_per_time else None, is_wanted, points)
         moments.append(found)
         seen.append(foreground)
         n_nonfinite += n_bad
@@ -311,9 +307,11 @@ def _summarise(job: Job, sampling: _Sampling) -> Surveyed:
         n_nonfinite=n_nonfinite,
         foreground_cell=cell_size if is_mapped else (),
         foreground_fraction=float(foreground.mean()) if is_mapped else float(not is_constant),
-        normalisation_pitch=tuple(p * of for p, of in zip(pitch, cell_size, strict=True))
-        if settings.normalize == "local"
-        else (),
+        normalisation_pitch=tuple(along.pitch * of for along, of in zip(points, scale, strict=False)),
+        normalisation_fields=tuple(
+            tuple((start * of, first) for start, first in zip(along.starts, along.firsts, strict=True))
+            for along, of in zip(points, scale, strict=False)
+        ),
     )
 
 
@@ -332,13 +330,28 @@ def _wanted(job: Job, cells: Index, cell_size: tuple[float, ...]) -> npt.NDArray
     return is_wanted
 
 
-def _pitch(sampling: _Sampling) -> Index:
-    """Cells between two points of the map of the normalisation, along each axis."""
-    return tuple(CELLS_PER_POINT if axis in "yx" else 1 for axis in sampling.axes)
+def _points(job: Job, sampling: _Sampling) -> tuple[FieldPoints, ...]:
+    """The lattice of the normalisation along each axis.
+
+    Fields are the same in all frames, for all inputs: what moves the stage moves it for all.
+    """
+    stored = job.store.open("survey.zarr/steps")
+    plane = sampling.shape[-2:]
+    steps = [np.zeros((len(job.inputs), n)) for n in plane]
+    for number in range(math.prod(sampling.counts)):
+        of_region = stored[:, number]
+        for k, part in enumerate(sampling.region(number)[-2:]):
+            steps[k][:, part] += of_region[:, k, : part.stop - part.start]
+    frames = [FieldPoints(n, cell) for n, cell in zip(sampling.shape[:-2], sampling.cell[:-2], strict=True)]
+    return *frames, *(FieldPoints(n, PITCH, field_starts(of, PITCH)) for n, of in zip(plane, steps, strict=True))
 
 
 def _summarise_moment(
-    job: Job, sampling: _Sampling, time: int | None, is_wanted: npt.NDArray[np.bool_]
+    job: Job,
+    sampling: _Sampling,
+    time: int | None,
+    is_wanted: npt.NDArray[np.bool_],
+    points: tuple[FieldPoints, ...],
 ) -> tuple[Moment, npt.NDArray[np.bool_], int]:
     """What holds for all time points or one, input by input: percentiles; where something rises above the noise, for
     all inputs together; pixels that are not finite."""
@@ -369,8 +382,8 @@ def _summarise_moment(
         percentiles.append((low, high))
         if extremes[0] < extremes[1]:
             foreground = foreground | foreground_map(cells, high - low, reach)
-        if job.settings.survey.normalize == "local":
-            _map_range(job, i, part, cells[2], holds_something, (low, high))
+        if points:
+            _map_range(job, i, part, cells[2], holds_something, (low, high), (points[-2], points[-1]))
     is_constant = bool((facts[:, :, 1].min(axis=0) >= facts[:, :, 2].max(axis=0)).all())
     default = Diameter(job.model.diam_mean, "default", (job.model.diam_mean,) * 2)
     foreground = np.broadcast_to(foreground, (1 if time is not None else sampling.cells[0], *sampling.cells[1:]))
@@ -384,6 +397,7 @@ def _map_range(
     noise: FloatArray,
     is_counted: npt.NDArray[np.bool_],
     whole: tuple[float, float],
+    points: tuple[FieldPoints, FieldPoints],
 ) -> None:
     """Store the map of the normalisation of an input: of every frame, or group of planes, by itself."""
     samples, maps = job.store.open("survey.zarr/by-cell"), job.store.open("survey.zarr/normalisation")
@@ -393,7 +407,7 @@ def _map_range(
         def rows(start: int, stop: int, at: Index = at) -> FloatArray:
             return np.asarray(samples[(number, *at, slice(start, stop))])
 
-        maps[(number, slice(None), *at)] = range_map(rows, noise[index], is_counted[index], whole)
+        maps[(number, slice(None), *at)] = range_map(rows, noise[index], is_counted[index], whole, points)
 
 
 def _range_of(
@@ -424,165 +438,3 @@ def _range_of(
         )
         return (lowest, highest), holds_something
     return (low, high), holds_something
-
-
-def _find_diameter(job: Job, found: Surveyed, moment: int, executor: Executor, progress: Progress) -> Diameter:
-    """The diameter that is given, or one from the objects in windows over the whole image, or one time point."""
-    given = job.settings.survey.diameter_px(job.image.spacing_um())
-    if given is not None:
-        return Diameter(given, "given", (given, given))
-    job = dataclasses.replace(job, surveyed=found)
-    few = [centre for centre, _ in _windows(job, job.model.diam_mean, GUESS_WINDOWS_PER_AXIS, moment)]
-    if found.moments[moment].is_constant or not few:
-        return found.moments[moment].diameter
-    value = _guess(job, few, executor)
-    sizes: npt.NDArray[np.float64] = np.zeros(0)
-    for _ in range(PASSES):
-        windows = list(_windows(job, value, WINDOWS_PER_AXIS, moment))
-        progress.start("diameter", len(windows), 0)
-        parts = []
-        items = [(centre, value, part) for centre, part in windows]
-        for _item, (window_sizes, peak) in executor.stream(measure_window, items, job, **_in_windows(job)):
-            parts.append(window_sizes)
-            progress.step(peak)
-        sizes = np.sort(np.concatenate(parts))
-        if sizes.size < MIN_OBJECTS:
-            break
-        before, value = value, float(np.median(sizes))
-        if abs(math.log(value / before)) < 0.05:
-            break
-    if sizes.size < MIN_OBJECTS:
-        logger.warning(
-            "only %d objects were found in %d windows of %s%s: the diameter %.1f px is a guess; give --diameter.",
-            sizes.size,
-            len(windows),
-            job.image.name,
-            f" at time {moment}" if len(found.moments) > 1 else "",
-            value,
-        )
-        return Diameter(value, "default", (value, value), int(sizes.size), len(windows))
-    job.store.save(sizes_name(moment), sizes)
-    low, high = (float(v) for v in np.percentile(sizes, [25, 75]))
-    # Two decimals: the working grid must not hang on the last bits of a median.
-    return Diameter(round(value, 2), "estimated", (low, high), int(sizes.size), len(windows))
-
-
-def _windows(job: Job, diameter: float, per_axis: Sequence[int], moment: int) -> Iterator[tuple[Centre, Part]]:
-    """The centre of a window in each part of a regular division of the image, and the part, in pixels of level 0.
-
-    A window is one tile of one plane. Its centre is that of the foreground cell nearest to the middle of the part. Of
-    a picture that is hardly larger than a window the windows together see all.
-    """
-    side = job.model.tile * diameter / job.model.diam_mean
-    at_most = per_axis[sum(n > 1 for n in job.shape)]
-    whole = [(0, n) for n in job.shape]
-    if len(job.found.moments) > 1:
-        whole[0] = (moment, moment + 1)
-    lengths = [stop - start for start, stop in whole]
-    in_plane = [max(1, min(at_most, math.ceil(n / side))) for n in lengths[-2:]]
-    # Where a plane holds few windows, more planes are looked at.
-    n_across = sum(n > 1 for n in lengths[:-2])
-    share = math.ceil((per_axis[2] ** 2 / math.prod(in_plane)) ** (1 / max(1, n_across)))
-    counts = [*(min(n, max(at_most, share)) for n in lengths[:-2]), *in_plane]
-    cell = job.found.foreground_cell
-    foreground = job.store.open("survey.zarr/foreground")[:] if cell else None
-    for index in itertools.product(*(range(n) for n in counts)):
-        edges = tuple(
-            (start + i * (stop - start) / c, start + (i + 1) * (stop - start) / c)
-            for i, c, (start, stop) in zip(index, counts, whole, strict=True)
-        )
-        middle = tuple((a + b) / 2 for a, b in edges)
-        if foreground is None:
-            yield middle, edges
-            continue
-        part = tuple(
-            slice(int(a / s), max(int(a / s) + 1, math.ceil(b / s))) for (a, b), s in zip(edges, cell, strict=True)
-        )
-        where = np.argwhere(foreground[part])
-        if where.size:
-            centres = (where + [p.start for p in part] + 0.5) * cell
-            nearest = centres[np.square(centres - middle).sum(axis=1).argmin()]
-            # A cell cut by the image's edge may have its centre outside.
-            yield tuple(float(min(v, n - 0.5)) for v, n in zip(nearest, job.shape, strict=True)), edges
-
-
-def _window(job: Job, centre: Centre, diameter: float) -> tuple[WorkingGrid, Region, FloatArray]:
-    """One network tile round a centre at the scale of a diameter: its grid, where it lies there, its pixels."""
-    grid = WorkingGrid.for_diameter(job.shape[-2:], diameter, job.model.diam_mean)
-    frame, tile = tuple(int(c) for c in centre[:-2]), job.model.tile
-    starts = []
-    for c, s, n in zip(centre[-2:], grid.scale, grid.shape, strict=True):
-        starts.append(min(max(0, round(c * s - tile / 2)), max(0, n - tile)))
-    region = tuple(slice(start, start + tile) for start in starts)
-    return grid, region, read_tile(job.image, job.shown(job.moment_of(frame)), grid, frame, region)
-
-
-def _as_input(values: FloatArray, n_channels: int) -> FloatArray:
-    """One tile as network input: channels for which there is nothing are empty."""
-    tiles = np.zeros((1, n_channels, *values.shape[1:]), np.float32)
-    tiles[0, : len(values)] = values
-    return tiles
-
-
-def guess_window(item: tuple[Centre, float], job: Job) -> float:
-    """Task: what the style vector says of the diameter when the window is seen at one scale."""
-    centre, diameter = item
-    grid, _, values = _window(job, centre, diameter)
-    _, styles = load_network(job.model, job.device).predict(_as_input(values, job.model.n_channels))
-    size = job.model.size
-    if size is None:
-        raise ModelError(f"model {job.model.name} has no size model to guess a diameter with; give --diameter.")
-    return size.diameter(styles[0]) / grid.scale[0]
-
-
-def _in_windows(job: Job) -> dict[str, Any]:
-    """How windows are worked on, for `cluster.Executor.stream`."""
-
-    def where(item: tuple[Any, ...]) -> str:
-        return f"window at {', '.join(f'{axis} {at:.0f}' for axis, at in zip(job.extent.axes, item[0], strict=True))}"
-
-    return {"name": "diameter", "kind": "network", "claims": job.device != "cpu", "where": where}
-
-
-def _guess(job: Job, centres: list[Centre], executor: Executor) -> float:
-    """A first diameter: the one of several scales at which the style vectors confirm it best."""
-    if job.model.size is None:
-        return job.model.diam_mean
-    tried = [job.model.diam_mean * factor for factor in GUESS_DIAMETERS]
-    items = [(centre, diameter) for diameter in tried for centre in centres]
-    answers: dict[float, list[float]] = {diameter: [] for diameter in tried}
-    for (_, diameter), answer in executor.stream(guess_window, items, job, **_in_windows(job)):
-        answers[diameter].append(answer)
-    medians = {diameter: float(np.median(values)) for diameter, values in answers.items()}
-    best = min(tried, key=lambda diameter: abs(math.log(medians[diameter] / diameter)))
-    return medians[best]
-
-
-def measure_window(item: tuple[Centre, float, Part], job: Job) -> tuple[npt.NDArray[np.float64], tuple[int, int]]:
-    """Task: diameters in level 0 pixels of the objects in one window, and the peak memory.
-
-    Objects count that the window does not cut and that lie in its part of the image, so that none counts twice. What
-    the edge of the image itself cuts counts as it is.
-    """
-    centre, diameter, part = item
-    grid, region, values = _window(job, centre, diameter)
-    output, _ = load_network(job.model, job.device).predict(_as_input(values, job.model.n_channels))
-    inside = tuple(slice(0, min(p.stop, n) - p.start) for p, n in zip(region, grid.shape, strict=True))
-    output = output[0][(slice(None), *inside)]
-    # The default thresholds, not those of the run: mask settings may change while the diameter stays.
-    masks = MasksConfig()
-    labels = compute_masks(
-        np.ascontiguousarray(output[:-1]),
-        np.ascontiguousarray(output[-1]),
-        cellprob_threshold=masks.cellprob_threshold,
-        flow_threshold=masks.flow_threshold,
-    )
-    boxes, areas = object_extents(labels, int(labels.max(initial=0)))
-    counts = areas > 0
-    for axis, (window, n, (start, stop)) in enumerate(zip(region, grid.shape, part[-2:], strict=True)):
-        low, high = (boxes[:, side, axis] + window.start for side in (0, 1))
-        is_cut = ((low == window.start) & (low > 0)) | ((high == window.stop) & (high < n))
-        middle = (low + high) / 2 / grid.scale[axis]
-        counts &= ~is_cut & (start <= middle) & (middle < stop)
-    sizes = 2 * np.sqrt(areas[counts] / np.pi) / grid.scale[0]
-    return sizes, peak_memory()
