@@ -59,7 +59,7 @@ def labels_3d(image: npt.NDArray[Any], report: tiledseg.Report, anisotropy: floa
     scale = _scale(report)
     shape = tuple(max(1, round(n * s)) for n, s in zip(image.shape, (scale * anisotropy, scale, scale), strict=True))
     resized = transforms.resize_image_3d(_shown(image, report), shape)
-    output, _ = core.run_3D(_Net(), resized, bsize=224)
+    output, _ = core.run_3D(_Net(), resized, bsize=find_model("tiledseg-nuclei").tile)
     full = transforms.resize_image_3d(output, image.shape)
     masks = dynamics.resize_and_compute_masks(
         np.ascontiguousarray(full[..., :-1].transpose(3, 0, 1, 2)),

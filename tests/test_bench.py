@@ -113,6 +113,7 @@ def test_masks(tmp_path: Path) -> None:
     assert {target["limit"] for target in saved["targets"]} == {30.0, row["AP Cellpose"][2]}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_torch_threads")
 def test_volume(tmp_path: Path) -> None:
     pytest.importorskip("cellpose.dynamics")
@@ -168,6 +169,7 @@ def test_whole(tmp_path: Path) -> None:
     assert row["objects"] > 50
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_torch_threads")
 def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU: with one narrow layer of cpsam, and nothing that is judged but the outputs."""
@@ -187,6 +189,7 @@ def test_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [target["is_met"] for target in saved["targets"]] == [True, True]
 
 
+@pytest.mark.slow
 def test_scale(tmp_path: Path) -> None:
     code, saved = run("scale", tmp_path, "--max", "512")
     (row,) = saved["rows"]
@@ -213,8 +216,27 @@ def test_scale_judges_the_largest_beside_the_smallest() -> None:
         assert sum(not target.is_met for target in scale.targets_of([first, last])) == n_missed
 
 
+def test_convert(tmp_path: Path) -> None:
+    code, saved = run("convert", tmp_path)
+    assert code == 0
+    assert [row["image"] for row in saved["rows"]] == ["svs", "tif"]
+    for row in saved["rows"]:
+        assert row["differ"] == 0
+        assert row["speed"] == row["copy s"] / row["convert s"]
+        assert 0.05 < row["GiB"] <= row["sum GiB"]
+
+
 def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script("files").main(["--folder", str(tmp_path), "--blocks", "1"])
     said = capsys.readouterr().out
     assert [line.split("  ")[0] for line in said.splitlines()[1:4]] == ["block of 25 chunks", "small array", "mark"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_edges(tmp_path: Path) -> None:
+    code, saved = run("edges", tmp_path)
+    assert code == 0
+    by_share = {(row["block"], row["cut"]): row for row in saved["rows"]}
+    assert by_share[256, 1.0]["found"] == by_share[256, 1.0]["lines"] == 6
+    assert by_share[256, 0.0]["found"] == 0
+    assert {row["elsewhere"] for row in saved["rows"]} == {0}

@@ -13,7 +13,8 @@ import pytest
 import tifffile
 import zarr
 
-from tiledseg import cli
+from tiledseg import clients
+from tiledseg.bars import Bars
 from tiledseg.cli import main
 from tiledseg.omezarr import write_image
 
@@ -59,7 +60,10 @@ def test_missing_and_wrong_inputs(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_wrong_settings(capsys: pytest.CaptureFixture[str], image_path: Path, tmp_path: Path) -> None:
+def test_wrong_settings(
+    capsys: pytest.CaptureFixture[str], image_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "CONNECT_TIMEOUT", "1s")
     before = sorted(tmp_path.rglob("*"))
 
     def text(*flags: object) -> str:
@@ -185,7 +189,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_stages_at_work_at_once_have_a_bar_each(capsys: pytest.CaptureFixture[str]) -> None:
-    bars = cli._Bars()
+    bars = Bars()
     for stage, done in (("survey", 1), ("flows", 1), ("masks", 1), ("flows", 2), ("masks", 2), ("stitch", 0)):
         bars(stage, done, 1 if stage == "survey" else 2)
         shown = list(bars._bars)
@@ -195,3 +199,13 @@ def test_stages_at_work_at_once_have_a_bar_each(capsys: pytest.CaptureFixture[st
     bars.close()
     said = capsys.readouterr().err
     assert all(f"{stage:>8}: 100%" in said for stage in ("survey", "flows", "masks"))
+
+
+def test_a_stage_that_begins_anew_with_more_pieces_shows_how_many(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = Bars()
+    for done, total in ((0, 4), (4, 4), (0, 9), (9, 9)):
+        bars("diameter", done, total)
+    bars.close()
+    said = capsys.readouterr().err
+    assert said.rstrip().rpartition("\r")[2].startswith("diameter: 100%")
+    assert "| 9/9 [" in said

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from tiledseg.cli import _parser
+from tiledseg.cli.parser import make_parser
 from tiledseg.config import Settings, SurveyConfig
 from tiledseg.errors import SettingsError
 
@@ -62,7 +62,7 @@ def test_a_block_smaller_than_its_halo_is_refused() -> None:
 
 
 def test_the_command_line_has_every_setting() -> None:
-    parser = _parser()
+    parser = make_parser()
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     segment = commands.choices["segment"]
     given = vars(segment.parse_args(["image"]))

@@ -25,6 +25,7 @@ from tiledseg.job import Diameter, Job, Moment, Surveyed
 from tiledseg.networks.models import find_model
 from tiledseg.progress import Progress
 from tiledseg.store import MemoryStore
+from tiledseg.table import table_of
 
 from .strategies import Labels, connected, crowds, label_fields, logits, numbered, seeds, sides, smooth_noise, swarms
 
@@ -126,7 +127,7 @@ def labelled(
     labels = job.store.open("masks-test/published")
     np.testing.assert_array_equal(labels, numbered(labels))
     assert facts["n_objects"] == labels.max()
-    assert publish.table_of(job).num_rows == labels.max()
+    assert table_of(job).num_rows == labels.max()
     return labels, facts
 
 

@@ -24,6 +24,7 @@ import tiledseg
 from tiledseg import patience, remote_clients
 from tiledseg.cli import main
 from tiledseg.errors import ImageError, OutputError, RemoteError, SettingsError
+from tiledseg.exports import export
 from tiledseg.images import Image, open_image
 from tiledseg.omezarr import open_labels, write_image
 from tiledseg.remote import location
@@ -121,6 +122,25 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores may be away for less than a second."""
     monkeypatch.setattr(patience, "AWAY_S", 0.6)
     monkeypatch.setattr(patience, "NEVER_THERE_S", 0.5)
+
+
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize("how", [{"ome_version": "0.4"}, {"shard": 128}])
+def test_an_image_is_converted_into_a_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    array = np.random.default_rng(2).integers(0, 9, (200, 300)).astype(np.uint16)
+    out = f"s3://{BUCKET}/converted-{'-'.join(how)}.ome.zarr"
+    assert tiledseg.convert(array, out, chunk=64, **how).n_pieces > 3
+    image = open_image(out)
+    np.testing.assert_array_equal(image.read(0, (slice(0, 200), slice(0, 300))), array)
+    assert [level.shape for level in image.levels] == [(200, 300), (100, 150), (50, 75), (25, 38)]
+    with pytest.raises(OutputError, match="exists already; choose another place, or add --overwrite"):
+        tiledseg.convert(array, out, chunk=64, **how)
+    tiledseg.convert(array + 1, out, chunk=64, overwrite=True, **how)
+    np.testing.assert_array_equal(open_image(out).read(0, (slice(0, 200), slice(0, 300))), array + 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Reading
@@ -416,6 +436,7 @@ def test_labels_and_table_go_into_the_image(
     upload(s3, folder / f"dots {version}.ome.zarr", f"in {version}.zarr/")
     address = f"s3://{BUCKET}/in {version}.zarr"
     settings: dict[str, Any] = {"segmenter": above, "halo": 16, "block": 100}
+    settings |= {"features": True, "csv": True, "polygons": "geojson", "shard": version == "0.5"}
     found = tiledseg.segment(address, **settings)
     assert str(found.path) == f"{address}/labels/cells"
     assert str(found.table_path) == f"{address}/tables/cells/table.parquet"
@@ -432,6 +453,11 @@ def test_labels_and_table_go_into_the_image(
             for one in (mine, theirs):
                 one.get("attributes", one).pop("tiledseg", None)  # the run's own id
             assert mine == theirs
+    export(address, {"geojson": tmp_path / "a.geojson", "csv": tmp_path / "a.csv"})
+    for kind, place in here.exports.items():
+        assert str(found.exports[kind]) == f"{address}/tables/cells/{place.name}"
+        stored = bucket(s3).Object(f"in {version}.zarr/tables/cells/{place.name}").get()["Body"].read()
+        assert stored == place.read_bytes() == (tmp_path / f"a.{kind}").read_bytes()
     with pytest.raises(OutputError, match="exist already at s3://bucket/"):
         tiledseg.segment(address, scratch=tmp_path / "other", **settings)
     again = tiledseg.segment(address, **settings, restart=True, min_size=40)
@@ -442,6 +468,29 @@ def test_labels_and_table_go_into_the_image(
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or SECRET.encode() not in file.read_bytes()
     assert SECRET not in json.dumps(found.report.as_dict())
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_remote_result_is_looked_over(
+    folder: Path, s3: Server, web: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "slide.ome.zarr", folder / "result.ome.zarr")
+    tiledseg.segment(folder / "result.ome.zarr", segmenter=above, halo=30, scratch=tmp_path)
+    here = tiledseg.qc(folder / "result.ome.zarr")
+    upload(s3, folder / "result.ome.zarr", "result.zarr/")
+    there = tiledseg.qc(f"s3://{BUCKET}/result.zarr")
+    assert str(there.path) == f"s3://{BUCKET}/result.zarr/tables/cells/qc.html"
+    stored = bucket(s3).Object("result.zarr/tables/cells/qc.json").get()["Body"].read()
+    assert json.loads(stored) == json.loads(json.dumps(there.as_dict()))
+    of_the_disk = {name: here.facts[name] for name in ("n_objects", "sizes", "straight_edges", "n_at_image_border")}
+    assert {name: there.facts[name] for name in of_the_disk} == of_the_disk
+    address = f"{web.url}/result.ome.zarr"
+    with pytest.raises(OutputError, match="is on a web server, which is read only; say where the page goes"):
+        tiledseg.qc(address)
+    seen = tiledseg.qc(address, page=tmp_path / "page.html")
+    assert seen.facts["straight_edges"] == here.facts["straight_edges"]
+    assert (tmp_path / "page.json").is_file()
 
 
 def set_environment(values: dict[str, str | None]) -> dict[str, str | None]:

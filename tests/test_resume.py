@@ -77,7 +77,13 @@ def run_until(journal: str, image: Path, output: Path, settings: dict[str, Any])
     return False
 
 
-@pytest.mark.parametrize(("name", "settings"), [("image_path", SETTINGS), ("volume_path", IN_3D)], ids=["2d", "3d"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        pytest.param("image_path", SETTINGS, id="2d"),
+        pytest.param("volume_path", IN_3D, id="3d", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_command_goes_on_where_it_was(
     request: pytest.FixtureRequest, tmp_path: Path, name: str, settings: dict[str, Any]
 ) -> None:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import tiledseg
 from tiledseg import flows, masks
 from tiledseg.cli import main
-from tiledseg.cluster import NETWORK_AT_ONCE, ThreadExecutor
+from tiledseg.clients import TASKS_PER_GPU
+from tiledseg.cluster import ThreadExecutor
 from tiledseg.config import Settings
 from tiledseg.errors import OutputError, QuarantineError, SettingsError
 from tiledseg.images import open_image
@@ -154,7 +155,7 @@ def test_a_gpu_of_this_process_is_shared_by_few_tasks_while_others_go_on() -> No
             at_work[kind] -= 1
 
     executor.work(*(Tasks(kind, task, range(30), (kind,), kind=kind) for kind in ("network", "cpu")))
-    assert most == {"network": NETWORK_AT_ONCE, "cpu": 4, "both": NETWORK_AT_ONCE + 4}
+    assert most == {"network": TASKS_PER_GPU, "cpu": 4, "both": TASKS_PER_GPU + 4}
 
 
 @given(st.data(), st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32))
@@ -284,7 +285,7 @@ def test_a_run_completes_all_but_a_chunk_that_fails_and_then_only_that(
     monkeypatch.undo()
     found = tiledseg.segment(arguments[1], arguments[3], diameter=14, block=256, foreground="off")
     assert (found.report.computed["flows"], found.report.kept["flows"]) == (1, n_flows)
-    assert n_masks == 3, "blocks that do not need it"
-    assert (found.report.computed["masks"], found.report.kept["masks"]) == (6, 3)
+    assert n_masks == 6, "blocks that do not need it"
+    assert (found.report.computed["masks"], found.report.kept["masks"]) == (3, 6)
     again = tiledseg.segment(slide[0], diameter=14, block=512, foreground="off")
     assert np.array_equal(found.labels.compute(), again.labels.compute())

@@ -99,7 +99,9 @@ def test_a_dark_time_point_is_no_trouble(series: Series) -> None:
     assert alone[0].any()
 
 
-@pytest.mark.parametrize("how", [{"do_3d": True, "anisotropy": 1.0}, {"stitch_threshold": 0.25}])
+@pytest.mark.parametrize(
+    "how", [pytest.param({"do_3d": True, "anisotropy": 1.0}, marks=pytest.mark.slow), {"stitch_threshold": 0.25}]
+)
 def test_volumes_over_time(tmp_path: Path, how: dict[str, Any]) -> None:
     frames = [render_volume(label_volume((10, 60, 60), spacing=20.0, seed=seed), seed=seed) for seed in range(2)]
     image = np.stack(frames)[:, None]

@@ -149,6 +149,7 @@ def test_views_turn_the_flow_with_the_picture() -> None:
         assert cosine.min() > 0.8
 
 
+@pytest.mark.slow
 def test_it_learns_and_the_file_is_a_model(folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert {is_held_out(f"cells{i}") for i in range(6)} == {True, False}
     file = tmp_path / "rings"
@@ -168,6 +169,7 @@ def test_it_learns_and_the_file_is_a_model(folder: Path, tmp_path: Path, capsys:
     assert after[1] > before[1] + 0.3
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_training_learned_can_be_gone_on_from(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "model"
     command = ["train", str(folder), "-o", str(file), "--steps", "100000"]
@@ -188,6 +190,7 @@ def test_what_an_interrupted_training_learned_can_be_gone_on_from(folder: Path, 
     assert not Path(f"{file}.partial").exists()
 
 
+@pytest.mark.slow
 def test_the_report_scores_both_models_and_the_same_seed_gives_the_same_model(folder: Path, tmp_path: Path) -> None:
     reports = [tiledseg.train(folder, tmp_path / name, steps=3, seed=5) for name in ("a", "b")]
     states = [torch.load(tmp_path / name, weights_only=True) for name in ("a", "b")]

@@ -12,14 +12,19 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from .errors import SettingsError
+from .urls import is_remote
 
 __all__ = [
     "CHANNEL_SETTINGS",
+    "ConvertConfig",
     "FlowsConfig",
     "MasksConfig",
     "PublishConfig",
@@ -31,6 +36,15 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SHAPES = "shapes:"
+POLYGONS = {
+    "geojson": "geojson",
+    ".geojson": "geojson",
+    ".json": "geojson",
+    "geoparquet": "geoparquet",
+    ".parquet": "geoparquet",
+    ".geoparquet": "geoparquet",
+}
+"""What outlines are written as, by what was asked for or the end of the file's name."""
 CHANNEL_SETTINGS = frozenset({"channel", "nuclear_channel", "combine", "chan", "chan2", "stain"})
 """Settings that say which pixels a network is shown."""
 
@@ -230,11 +244,12 @@ class FlowsConfig:
         "run began with when it goes on",
         choices=("auto", "float32", "bfloat16"),
     )
-    tile_overlap: float = _option(
-        0.1,
+    tile_overlap: str | float = _option(
+        "auto",
         "by how much the network's tiles overlap: 1 + 2 X times as many lie along an axis as would side by side; "
-        "more smooths over cells that a tile cuts, and takes longer",
-        "X",
+        "more smooths over cells that a tile cuts, and takes longer; 'auto' is 0.05 for the default model, for which "
+        "more does not help, and 0.1, as in Cellpose, for others",
+        "auto|X",
     )
     augment: bool = _option(
         False,
@@ -254,7 +269,8 @@ class FlowsConfig:
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
-        _number("tile_overlap", self.tile_overlap, 0.05, 0.45)
+        if self.tile_overlap != "auto":
+            object.__setattr__(self, "tile_overlap", _number("tile_overlap", self.tile_overlap, 0.05, 0.45))
         if self.anisotropy != "auto":
             object.__setattr__(self, "anisotropy", _number("anisotropy", self.anisotropy, 0.02, 50))
 
@@ -336,6 +352,28 @@ class PublishConfig:
     ome_zarr: str | None = _option(
         None, "version of OME-Zarr to write (default: that of the image, else 0.5)", choices=("0.4", "0.5")
     )
+    shard: bool = _option(
+        False,
+        "put the chunks of the labels together, 16 million pixels in a file: a sixteenth of the files, an eighth of a "
+        "volume's; OME-Zarr 0.5 only",
+    )
+    features: bool = _option(
+        False, "measure shapes as well, as scikit-image does: eccentricity, perimeter, solidity, ...; takes longer"
+    )
+    csv: bool = _option(False, "write the table as CSV, too")
+    polygons: str | None = _option(
+        None,
+        "write the outlines of the objects, for QuPath ('geojson') or GeoPandas ('geoparquet'), beside the table or "
+        "to a .geojson or .parquet file",
+        "geojson|geoparquet|FILE",
+    )
+
+    @property
+    def polygons_kind(self) -> str | None:
+        """``"geojson"`` or ``"geoparquet"``, None if there are to be none."""
+        if self.polygons is None:
+            return None
+        return POLYGONS.get(PurePath(self.polygons).suffix.lower() or self.polygons)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", str(self.name)):
@@ -344,6 +382,16 @@ class PublishConfig:
             )
         if self.ome_zarr is not None:
             _one_of("ome_zarr", self.ome_zarr, ("0.4", "0.5"))
+        if self.polygons is not None:
+            object.__setattr__(self, "polygons", os.fspath(self.polygons))
+            if self.polygons not in POLYGONS and not is_remote(self.polygons):
+                # Workers may run in another folder.
+                object.__setattr__(self, "polygons", os.path.abspath(self.polygons))
+        if self.polygons is not None and self.polygons_kind is None:
+            raise SettingsError(
+                f"polygons must be 'geojson', 'geoparquet', or a file that ends in .geojson or .parquet, "
+                f"not {self.polygons!r}."
+            )
 
 
 @dataclass(frozen=True)
@@ -372,17 +420,101 @@ class Settings:
         }
         home = {f.name: stage for stage, kind in stages.items() for f in dataclasses.fields(kind)}
         parts: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
+        _refuse_unknown(values, home)
         for name, value in values.items():
-            if name not in home:
-                near = difflib.get_close_matches(name, home, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(home))}."
-                raise SettingsError(f"unknown setting {name!r}; {hint}")
             parts[home[name]][name] = value
         return cls(**{stage: kind(**parts[stage]) for stage, kind in stages.items()})
 
     def flat(self) -> dict[str, Any]:
         """All settings by name."""
         return {k: v for f in dataclasses.fields(self) for k, v in dataclasses.asdict(getattr(self, f.name)).items()}
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """How an image is written."""
+
+    ome_version: str = _option("0.5", "version of OME-Zarr to write", choices=("0.4", "0.5"))
+    chunk: int | None = _option(
+        None, "side of a chunk along y and x (default: 1024 in pictures, 256 in volumes, of at most 32 planes)", "PX"
+    )
+    shard: int | None = _option(
+        None,
+        "side along y and x of files that hold many chunks, for disks that dislike many files; a multiple of the "
+        "chunk, OME-Zarr 0.5 only (default: a file per chunk)",
+        "PX",
+    )
+    downsample: str = _option(
+        "mean",
+        "how levels are made: 'mean' of 2 pixels along each axis, of integers rounded half to even; 'nearest' for "
+        "images of labels",
+        choices=("mean", "nearest"),
+    )
+    pixel_size: str | float | None = _option(
+        None,
+        "size of a pixel in micrometres, in place of what the image says: of y and x, or of axes by name",
+        "UM|z=UM,y=UM,x=UM",
+    )
+    missing_chunks: str = _option(
+        "refuse",
+        "what to do where a Zarr lacks chunks: 'refuse' stops and names one, 'fill' reads them as the fill value",
+        choices=("refuse", "fill"),
+    )
+
+    def __post_init__(self) -> None:
+        _one_of("ome_version", self.ome_version, ("0.4", "0.5"))
+        _one_of("downsample", self.downsample, ("mean", "nearest"))
+        _one_of("missing_chunks", self.missing_chunks, ("refuse", "fill"))
+        for name in ("chunk", "shard"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _whole(name, getattr(self, name), 16))
+        if self.shard is not None and self.ome_version == "0.4":
+            raise SettingsError("OME-Zarr 0.4 has no shards; leave out --shard, or write 0.5.")
+        self.sizes_um("zyx")
+
+    def sizes_um(self, axes: str) -> dict[str, float]:
+        """The given size of a pixel per axis; empty if none is given.
+
+        Raises
+        ------
+        SettingsError
+            If it cannot be read, or names an axis that is not among these.
+        """
+        if self.pixel_size is None:
+            return {}
+        text = str(self.pixel_size)
+        parts = [part.strip() for part in (text if "=" in text else f"y={text},x={text}").split(",")]
+        named = dict(part.split("=", 1) for part in parts if "=" in part)
+        if len(named) != len(parts) or not set(named) <= set(axes):
+            raise SettingsError(
+                f"pixel_size {self.pixel_size!r} cannot be read; give one number, or one per axis of "
+                f"{', '.join(axes)}, e.g. --pixel-size z=2,y=0.5,x=0.5."
+            )
+        sizes = {axis: _number("pixel_size", size, 0, 1e6) for axis, size in named.items()}
+        if 0 in sizes.values():
+            raise SettingsError("pixel_size must be more than 0.")
+        return sizes
+
+    @classmethod
+    def of(cls, **values: Any) -> ConvertConfig:
+        """From keywords; those not given keep their default.
+
+        Raises
+        ------
+        SettingsError
+            If a keyword is unknown or a value is out of range.
+        """
+        _refuse_unknown(values, [field.name for field in dataclasses.fields(cls)])
+        return cls(**values)
+
+
+def _refuse_unknown(values: dict[str, Any], known: Collection[str]) -> None:
+    """Refuse a setting that there is not."""
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}."
+            raise SettingsError(f"unknown setting {name!r}; {hint}")
 
 
 def digest(*values: object) -> str:

@@ -58,8 +58,8 @@ def run_demo(
     tissue = _tissue(folder, progress, tell)
     slide = _slide(folder, side, progress, tell)
     tell("")
-    tell("Look at the pictures, or open an image with its labels in a viewer, for instance")
-    tell(f"    napari --plugin napari-ome-zarr {folder / 'slide.ome.zarr'}")
+    tell('Look at the pictures, or at an image with its labels in the browser (pip install -e ".[view]"):')
+    tell(f"    tiledseg view {folder / 'slide.ome.zarr'}")
     return {"tissue": tissue, "slide": slide}
 
 

@@ -29,7 +29,7 @@ from .grid import Index, Lattice, Region, enclosing, region_shape, region_text, 
 from .job import CELLPROB_FLOOR, N_OUTPUTS, Job, Sheet
 from .meters import meter, metered, note
 from .networks.batches import shortage_text
-from .networks.runner import load_network
+from .networks.runner import as_float16, load_network
 from .progress import Progress
 from .reach import Reach
 from .store import Store
@@ -77,7 +77,7 @@ def process_block(outputs: dict[Index, FloatArray], lattice: Lattice, piece: Reg
         output *= columns
         where = shift(lattice.tile_region(tile), tuple(p.start for p in piece))
         blended[(slice(None), *where)] += output.reshape(N_OUTPUTS, *lattice.sides)
-    return blended.astype(np.float16)
+    return as_float16(blended)
 
 
 def compute_chunk(number: int, job: Job) -> dict[str, Any]:

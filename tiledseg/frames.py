@@ -111,16 +111,7 @@ def anisotropy_of(image: Image, settings: Settings) -> float | None:
     """Thickness of a plane in pixels of y and x: as given, or as the pixel sizes say; None if they do not."""
     if settings.flows.anisotropy != "auto":
         return float(settings.flows.anisotropy)
-    if "z" not in image.axes:
-        return None
-    where = [image.axes.index(axis) for axis in "zx"]
-    (thick, wide), units = (image.spacing[i] for i in where), {image.units[i] for i in where}
-    if thick is None or wide is None:
-        return None
-    if len(units) > 1:
-        in_um = image.spacing_um()
-        return None if in_um is None else in_um[0] / in_um[-1]
-    return thick / wide
+    return image.plane_thickness()
 
 
 def frame_region(frame: Index, region: Region) -> Region:

@@ -148,12 +148,13 @@ class BlockGrid:
 
     def at(self, index: Index, halo: Index | None = None) -> Block:
         """The block of this index, with another halo if one is given."""
-        parts = list(zip(index, self.block, self.shape, halo or self.halo, strict=True))
-        core = tuple(slice(i * b, min((i + 1) * b, s)) for i, b, s, _ in parts)
-        padded = tuple(
-            slice(max(0, c.start - h), min(s, c.stop + h)) for c, (_, _, s, h) in zip(core, parts, strict=True)
-        )
-        return Block(index, core, padded)
+        parts = zip(index, self.block, self.shape, strict=True)
+        return self.around(index, tuple(slice(i * b, min((i + 1) * b, s)) for i, b, s in parts), halo or self.halo)
+
+    def around(self, index: Index, core: Region, halo: Index) -> Block:
+        """The block with this core, which may be any region of the image."""
+        parts = zip(core, halo, self.shape, strict=True)
+        return Block(index, core, tuple(slice(max(0, c.start - h), min(s, c.stop + h)) for c, h, s in parts))
 
     def number(self, index: Index) -> int:
         """Position of a block in raster order."""

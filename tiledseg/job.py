@@ -9,7 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from .config import Settings
+from .displayed import Displayed
 from .errors import SettingsError
 from .frames import Extent, anisotropy_of, extent_of, label_shape
 from .grid import BlockGrid, Index, Lattice, Region, WorkingGrid, enclosing, shift
@@ -27,6 +31,7 @@ __all__ = [
     "CELLPROB_FLOOR",
     "N_OUTPUTS",
     "Diameter",
+    "Estimate",
     "Job",
     "Moment",
     "Sheet",
@@ -102,7 +107,7 @@ def grid_of(shape: Index, settings: Settings, extent: Extent, halo: int, anisotr
 
 
 @dataclass(frozen=True)
-class Diameter:
+class Diameter(Displayed):
     """The one diameter of the whole image, in pixels of level 0.
 
     Attributes
@@ -127,6 +132,23 @@ class Diameter:
         """The same in pixels of another size."""
         low, high = self.quartiles
         return dataclasses.replace(self, value=self.value * pixel, quartiles=(low * pixel, high * pixel))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Diameter)}
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate(Diameter):
+    """A diameter with the objects it rests on, to be looked at.
+
+    Attributes
+    ----------
+    sizes : array of float64, shape (n,)
+        Their diameters in pixels of level 0; empty if it was not estimated.
+    """
+
+    sizes: npt.NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros(0), repr=False)
 
 
 @dataclass(frozen=True)
@@ -172,6 +194,8 @@ class Surveyed:
     normalisation_pitch : tuple of float
         Distance in pixels of level 0 of the points of the normalisation map, per axis of a region; empty if there is
         one pair of percentiles for all.
+    normalisation_fields : tuple of tuple of (float, int)
+        Along each of these axes, where fields begin, in pixels of level 0, and their first points of the map.
     """
 
     moments: tuple[Moment, ...]
@@ -179,6 +203,7 @@ class Surveyed:
     foreground_cell: tuple[float, ...]
     foreground_fraction: float
     normalisation_pitch: tuple[float, ...] = ()
+    normalisation_fields: tuple[tuple[tuple[float, int], ...], ...] = ()
 
     @property
     def diameter(self) -> Diameter:
@@ -194,7 +219,8 @@ class Surveyed:
         """From a document."""
         tuples = {key: tuple(document[key]) for key in ("foreground_cell", "normalisation_pitch")}
         moments = tuple(Moment.from_json(moment) for moment in document["moments"])
-        return cls(**{**document, **tuples, "moments": moments})
+        fields = tuple(tuple((start, first) for start, first in axis) for axis in document["normalisation_fields"])
+        return cls(**{**document, **tuples, "moments": moments, "normalisation_fields": fields})
 
 
 @dataclass(frozen=True)
@@ -361,7 +387,8 @@ class Job:
         how: list[Normalisation] = [WholeRange(*pair) for pair in found.moments[moment].percentiles]
         if found.normalisation_pitch:
             maps = self.store.open("survey.zarr/normalisation")
-            how = [LocalRange(maps, i, found.normalisation_pitch) for i in range(len(self.inputs))]
+            lattice = found.normalisation_pitch, found.normalisation_fields
+            how = [LocalRange(maps, i, *lattice) for i in range(len(self.inputs))]
         if self.settings.survey.invert:
             how = [Inverted(single) for single in how]
         return list(zip(self.inputs, how, strict=True))

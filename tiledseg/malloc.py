@@ -2,7 +2,7 @@
 
 Left alone it gives memory back to the system in the middle of a network, which takes it again at the next layer, and
 keeps what a task freed in every thread it ran on, so that a worker grows with the tasks it has done. So: kept within
-a task, given back after it.
+a task, given back after it, but not after every one of many short ones: the next takes it again, page by page.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+import threading
+import time
 from typing import Any
 
 __all__ = ["give_back_freed_memory", "keep_freed_memory"]
@@ -19,6 +21,7 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
 MIB = 2**20
+SECONDS_BETWEEN = 1.0
 
 
 @functools.cache
@@ -39,7 +42,26 @@ def keep_freed_memory() -> None:
         _glibc().mallopt(M_TRIM_THRESHOLD, 64 * MIB)
 
 
+class _Clock:
+    """When memory was last given back."""
+
+    def __init__(self) -> None:
+        self._lock, self._at = threading.Lock(), -SECONDS_BETWEEN
+
+    def is_due(self) -> bool:
+        """Whether it is time again; if so, the time counts from now."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._at < SECONDS_BETWEEN:
+                return False
+            self._at = now
+            return True
+
+
+_clock = _Clock()
+
+
 def give_back_freed_memory() -> None:
-    """Give all that is free back to the system; takes about a millisecond."""
-    if _glibc() is not None:
+    """Give all that is free back to the system, if that was not done within the last second."""
+    if _glibc() is not None and _clock.is_due():
         _glibc().malloc_trim(0)

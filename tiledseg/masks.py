@@ -47,7 +47,7 @@ from .reach import SMOOTHING_REACH, grown_blocks, smoothing, smoothing_reach
 from .segmenters import Segmenter, drop_small
 from .tasks import Tasks
 
-__all__ = ["label_block", "process_block", "read_flows", "run", "tasks_of"]
+__all__ = ["block_around", "label_block", "label_region", "process_block", "read_flows", "run", "tasks_of"]
 
 FloatArray = npt.NDArray[np.float32]
 LabelArray = npt.NDArray[np.uint32]
@@ -315,6 +315,42 @@ def label_block(number: int, job: Job) -> dict[str, Any]:
         sizes = np.bincount(labels[block.core_in_padded].ravel(), minlength=first.size + 1)
         job.store.save(f"{job.labels}/sizes/{number}", sizes[1:])
     return {"peak": peak_memory()}
+
+
+def block_around(job: Job, region: Region) -> Block:
+    """A region of the image as a block, with the halo that blocks have; of one frame."""
+    grid, n = job.blocks, job.extent.n_flow_frames
+    block = grid.around((0,) * len(region), region, grid.halo)
+    return Block(block.index, region, (*region[:n], *block.padded[n:]))
+
+
+def label_region(_: int, region: Region, job: Job) -> LabelArray:
+    """Task: the labels that a run gives a region, but for their numbers; of planes that are stitched, before that.
+
+    Parameters
+    ----------
+    region : tuple of slice
+        Of one frame, along the axes of `Job.shape`.
+    job : Job
+        After the survey; the flows that `reach.Reach.under` names for `block_around` this region are there.
+
+    Returns
+    -------
+    labels : array of uint32, shape of `region`
+        1..n in raster order of the first pixel here, 0 background.
+
+    Notes
+    -----
+    Nothing depends on where the region ends but the size of an object that reaches past the halo: that is compared
+    with ``max_size`` as far as it is seen.
+    """
+    block, largest = block_around(job, region), job.settings.masks.max_size
+    labels = _label(job, block)[0]
+    if largest and not job.extent.is_stitched:
+        is_kept = np.bincount(labels.ravel()) <= largest
+        labels = np.where(is_kept[labels], labels, np.uint32(0))
+    labels = _keep_core_objects(labels, block, job.shape, np.zeros((0, 2), np.uint32))[0]
+    return np.ascontiguousarray(labels[block.core_in_padded])
 
 
 def _keep_core_objects(

@@ -15,43 +15,51 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from . import flows, masks, publish, stitch, survey
 from .addresses import without_credentials
 from .cluster import Crew, Executor, connect, crew_of, resolve_device
-from .config import MasksConfig, Settings
+from .config import Settings
+from .diameters import sizes_name
+from .displayed import Displayed, place_text
 from .errors import OutputError, ScratchError, SettingsError
-from .frames import Extent, anisotropy_of, extent_of, label_shape
-from .grid import WorkingGrid
-from .images import Image, at_level, at_region, open_image, parse_region
-from .inputs import Input, inputs_of, inputs_text
-from .job import Diameter, Job, Surveyed, grid_of, halo_of
+from .exports import check_flat
+from .frames import extent_of, label_axes, label_shape
+from .images import Image, open_image
+from .inputs import inputs_text
+from .job import Diameter, Estimate, Job, Surveyed, grid_of
 from .ledger import Ledger
-from .mask import Mask, open_mask
-from .networks.models import Model, find_model
-from .networks.runner import computes_in_bfloat16, precision_of, torch_threads_kept
+from .live import told
+from .networks.models import Model
+from .networks.runner import begin_loading, computes_in_bfloat16, precision_of, torch_threads_kept
 from .omezarr import labels_exist, level_array
+from .opening import Part, check_geometry, in_precision, labeller_of, model_of, part_of
 from .pictures import histogram
-from .preflight import Preflight
+from .preflight import Preflight, size_text
 from .progress import Listener, Progress
 from .reach import in_order
 from .remote import Location
 from .repair import forget
 from .report import Report, report_of, write_report
 from .runs import Place, in_batches, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
-from .segmenters import ALL_CHANNELS, Segmenter, segmenter_settings
-from .store import DiskStore, MemoryStore, Store
+from .segmenters import segmenter_settings
+from .store import DiskStore, MemoryStore
+from .table import table_of
+from .viewing import View, scene_of
 
-__all__ = ["Report", "Segmentation", "estimate_diameter", "preview", "segment"]
+__all__ = ["Plan", "Report", "Segmentation", "estimate_diameter", "preview", "segment"]
 
 logger = logging.getLogger(__name__)
 
 FEW_BLOCKS = 4
-HALF_A_TILE = 0.5
-PRECISIONS = ("float32", "bfloat16")
+MANY_FILES = 20_000
+"""From here on file systems, and those who copy them, begin to suffer."""
 
 
-@dataclass(frozen=True)
-class Segmentation:
+@dataclass(frozen=True, repr=False)
+class Segmentation(Displayed):
     """The result of a run.
 
     Attributes
@@ -63,13 +71,33 @@ class Segmentation:
         The object table, where it is stored.
     report_path : Path, RemotePath or None
         The report as a page for browsers; ``report.json`` beside it has the same figures.
+    job : Job
+        The run as its stages saw it.
+    part : Part
+        What of the image was asked for, and how.
     """
 
     report: Report
     path: Location | None
     table_path: Location | None
     report_path: Location | None
-    _job: Job = dataclasses.field(repr=False)
+    job: Job
+    part: Part
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.path is None else f"at {place_text(self.path)}"
+        return f"<Segmentation of {self.job.image.name}: {self.report.n_objects:,} objects, labels {where}>"
+
+    @property
+    def image(self) -> Image:
+        """What was segmented: the image, or the region and level of it that were asked for."""
+        return self.job.image
+
+    def open_labels(self) -> Image:
+        """The labels with all their levels, as an image of the axes without c."""
+        if self.path is None:
+            return open_image(self.job.store.open(f"{self.job.labels}/published"), axes=self.job.extent.axes)
+        return open_image(str(self.path))
 
     @functools.cached_property
     def labels(self) -> Any:
@@ -79,21 +107,88 @@ class Segmentation:
         """
         import dask.array
 
-        job = self._job
+        job = self.job
         if job.plan is not None:
             return dask.array.from_zarr(level_array(job.plan, 0))
         labels = job.store.open(f"{job.labels}/published")
         return dask.array.from_array(labels, chunks="auto", name=False)
 
     @property
+    def exports(self) -> dict[str, Location]:
+        """What else was asked for: where ``"csv"``, and ``"geojson"`` or ``"geoparquet"`` are."""
+        return dict(publish.exports_of(self.job))
+
+    @property
     def table(self) -> Any:
         """The object table, a pyarrow.Table (``.to_pandas()`` for a data frame)."""
-        if self.table_path is None:
-            return publish.table_of(self._job)
+        place = self.table_path
+        return (
+            table_of(self.job, self.job.settings.publish.features) if place is None else self._table_file(place).read()
+        )
+
+    def _table_file(self, place: Location) -> Any:
         import pyarrow.parquet
 
-        place = self.table_path
-        return pyarrow.parquet.ParquetFile(place if isinstance(place, Path) else BytesIO(place.read_bytes())).read()
+        return pyarrow.parquet.ParquetFile(place if isinstance(place, Path) else BytesIO(place.read_bytes()))
+
+    def object_sizes(self, n_most: int) -> tuple[npt.NDArray[np.float64], int]:
+        """Diameters of objects as circles, or of volumes as balls.
+
+        Parameters
+        ----------
+        n_most : int
+            Of more objects some row groups of the table are read, as far apart as they can be.
+
+        Returns
+        -------
+        sizes : array of float64, shape (n,)
+            In pixels of what was segmented; of thick planes in their y and x.
+        n_objects : int
+            In all.
+        """
+        n, is_flat = self.report.n_objects, len(self.job.extent.objects) == 2
+        name = "area" if is_flat else "volume"
+        if self.table_path is None:
+            pixels = self.table[name].to_numpy()
+        else:
+            file = self._table_file(self.table_path)
+            groups = range(file.num_row_groups)
+            n_groups = max(1, len(groups) * n_most // max(n, 1))
+            pixels = file.read_row_groups(groups[:: -(-len(groups) // n_groups) or 1], columns=[name])[name].to_numpy()
+        if is_flat:
+            return 2 * np.sqrt(pixels / math.pi), n
+        return np.cbrt(6 * pixels * self.job.anisotropy / math.pi), n
+
+    def view(self, port: int = 0) -> View:
+        """The labels over what was segmented, in the browser; in Jupyter the result shows itself.
+
+        Parameters
+        ----------
+        port : int
+            On loopback; 0 takes a free one.
+
+        Returns
+        -------
+        View
+            ``.url`` is the address, ``.open()`` opens the browser.
+
+        Raises
+        ------
+        SettingsError
+            If neuroglancer is not installed, or the port is taken.
+        """
+        image, plan = self.job.image, self.job.plan
+        if plan is not None:
+            labels = open_image(str(plan.path))
+            return View(scene_of(plan.root.name, image, [(plan.name, labels)]), port)
+        keep = [at for at, axis in enumerate(image.axes) if axis != "c"]
+        labels = dataclasses.replace(
+            open_image(self.labels, axes=label_axes(image)),
+            spacing=tuple(image.spacing[at] for at in keep),
+            translation=tuple(image.translation[at] for at in keep),
+            units=tuple(image.units[at] for at in keep),
+        )
+        return View(scene_of(image.name, image, [(self.job.settings.publish.name, labels)]), port)
 
 
 def segment(
@@ -108,14 +203,14 @@ def segment(
     scratch: str | os.PathLike[str] | None = None,
     restart: bool = False,
     axes: str | None = None,
-    progress: Listener | None = None,
+    progress: Listener | bool | None = None,
     **settings: Any,
 ) -> Segmentation:
     """Label every cell of an image.
 
     Parameters
     ----------
-    image : path, address, zarr.Array, dask array or numpy array
+    image : path, address, Image, zarr.Array, dask array or numpy array
         OME-Zarr, Zarr or TIFF by path, the first two also by address (``s3://``, ``http://``, ``https://``); axes
         ``yx`` or ``zyx``, also with c and t. Of a volume say how cells are sought: ``do_3d=True``, or
         ``stitch_threshold``.
@@ -140,8 +235,8 @@ def segment(
         Discard what an earlier run left there, with the labels it published.
     axes : str, optional
         Axes of an array that does not say them.
-    progress : callable, optional
-        Called with stage, pieces done, pieces in all.
+    progress : callable or bool, optional
+        Called with stage, pieces done, pieces in all; or whether to show them. Default: shown in a Jupyter notebook.
     **settings
         As on the command line, e.g. ``diameter=12.5``, ``name="nuclei"``; see `tiledseg.config`.
 
@@ -182,11 +277,12 @@ def segment(
     >>> segment("slide.ome.zarr", segmenter=nuclei, diameter=30)  # doctest: +SKIP
     """
     asked = Settings.of(**settings) if segmenter is None else segmenter_settings(settings)
-    view = _view_of(image, axes, asked)
-    opened, chosen = view.image, view.settings
-    inputs, labeller = _labeller_of(opened, chosen, segmenter)
+    part = part_of(image, axes, asked)
+    opened, chosen = part.image, part.settings
+    inputs, labeller = labeller_of(opened, chosen, segmenter)
     place = place_of(opened, output, scratch, chosen)
-    _check_geometry(labeller, chosen, opened)
+    check_geometry(labeller, chosen, opened)
+    _check_outputs(opened, chosen, place)
     if scratch is None:
         _say_where_scratch_is(place, client is not None or scheduler is not None)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
@@ -199,8 +295,8 @@ def segment(
     ):
         if segmenter is None:
             device = executor.device(device)
-            labeller, chosen = _in_precision(labeller, chosen, device, executor, store)
-        job = Job(opened, inputs, chosen, labeller, device, store, mask=view.mask)
+            labeller, chosen = in_precision(labeller, chosen, device, executor, store)
+        job = Job(opened, inputs, chosen, labeller, device, store, mask=part.mask)
         preflight = Preflight(opened, inputs, chosen, labeller, place, executor.crew, device)
         given = chosen.survey.diameter_px(opened.spacing_um())
         preflight.settled(given).check(given)
@@ -211,16 +307,27 @@ def segment(
         if executor.dashboard is not None:
             logger.info("Dask shows what it does at %s", without_credentials(executor.dashboard))
         job = shippable(job, executor)
-        with Ledger(store, executor.totals, executor.troubles.quarantined, progress) as ledger:
+        with (
+            told(progress) as listener,
+            Ledger(store, executor.totals, executor.troubles.quarantined, listener) as ledger,
+        ):
             try:
                 job, facts = _run(job, preflight, run_id, executor, ledger.progress)
             except ScratchError as error:
                 raise forget(job, error) from error
             parameters = {**asked.flat(), "mask": chosen.survey.mask}
-            report = report_of(job, executor, ledger, facts, parameters, view.pixel, place.scratch)
+            report = report_of(job, executor, ledger, facts, parameters, part.pixel, place.scratch)
         path = None if place.plan is None else place.plan.path
         page = write_report(report, job, {"labels": str(path), "table": str(place.table)})
-        return Segmentation(report, path, place.table, page, job)
+        return Segmentation(report, path, place.table, page, job, part)
+
+
+class Plan(dict[str, Any], Displayed):
+    """What a run would do, see `preview`; shows itself in Jupyter."""
+
+    def __repr__(self) -> str:
+        would = f"{self['n_blocks']:,} blocks, {self['n_tiles']:,} tiles, {size_text(self['memory_bytes'])} of memory"
+        return f"<Plan for {self['image']['name']}: {'refused' if self['refused'] else would}>"
 
 
 def _say_where_scratch_is(place: Place, is_elsewhere: bool) -> None:
@@ -240,11 +347,13 @@ def _run(
 ) -> tuple[Job, dict[str, Any]]:
     """The five stages, the first two for a network only; the job as it ended, and what the stitcher tells."""
     place = preflight.place
+    if job.segmenter is None and not job.store.done("flows"):
+        executor.ask(functools.partial(begin_loading, job.model, job.device))
     with torch_threads_kept(), _kernels(job, executor) as are_ready:
         job = dataclasses.replace(job, table=place.table, plan=place.plan)
         if job.segmenter is None:
             job = dataclasses.replace(job, surveyed=survey.run(job, executor, progress))
-            _check_geometry(job.labeller, job.settings, job.image, job.found.diameter.value)
+            check_geometry(job.labeller, job.settings, job.image, job.found.diameter.value)
         known = None if job.diameter is None else job.diameter.value
         preflight = preflight.settled(known)
         preflight.check(known)
@@ -261,162 +370,23 @@ def _run(
     return job, facts
 
 
-@dataclass(frozen=True)
-class _View:
-    """What of an image is segmented.
-
-    Attributes
-    ----------
-    image : Image
-        The region and the level that were asked for.
-    settings : Settings
-        With sizes in pixels of that level.
-    mask : Mask or None
-    pixel : float
-        Width of a pixel of that level in pixels of the full-size image.
-    """
-
-    image: Image
-    settings: Settings
-    mask: Mask | None
-    pixel: float
-
-
-def _view_of(source: Any, axes: str | None, settings: Settings) -> _View:
-    """Open an image, as far as it is to be segmented."""
-    image, survey, masks = open_image(source, axes=axes), settings.survey, settings.masks
-    if survey.region is not None:
-        image = at_region(image, parse_region(survey.region, image.axes))
-    extent = extent_of(image, settings)
-    _check_volume(image, settings, extent)
-    scale = dict.fromkeys(image.spatial_axes, 1.0)
-    if survey.level:
-        full, image = image, at_level(image, survey.level)
-        scale = dict(zip(image.spatial_axes, full.levels[survey.level].scale, strict=True))
-        if len(extent.flows) == 3:
-            thickness = (anisotropy_of(full, settings) or 1.0) * scale["z"] / scale["x"]
-            settings = dataclasses.replace(settings, flows=dataclasses.replace(settings.flows, anisotropy=thickness))
-    given, pixel = survey.diameter_given(), scale["x"]
-    n_pixels = math.prod(scale[axis] for axis in extent.objects)
-    if given is not None and given[1] == "px":
-        survey = dataclasses.replace(survey, diameter=given[0] / pixel)
-    sizes = {name: round(getattr(masks, name) / n_pixels) for name in ("min_size", "max_size")}
-    if masks.max_size:
-        sizes["max_size"] = max(1, sizes["max_size"])
-    settings = dataclasses.replace(settings, survey=survey, masks=dataclasses.replace(masks, **sizes))
-    if survey.mask is None:
-        return _View(image, settings, None, pixel)
-    mask = open_mask(survey.mask, image)
-    settings = dataclasses.replace(settings, survey=dataclasses.replace(survey, mask=mask.pixels.name))
-    return _View(image, settings, mask, pixel)
-
-
-def _check_volume(image: Image, settings: Settings, extent: Extent) -> None:
-    """Refuse settings of volumes and time series that do nothing; say what is taken for granted."""
-    flows, masks, defaults = settings.flows, settings.masks, MasksConfig()
-    is_3d = len(extent.flows) == 3
-    if settings.survey.per_time and "t" not in image.axes:
-        raise SettingsError(f"per_time is for time series, and {image.name} has axes {image.axes!r}; leave it out.")
-    if not flows.do_3d and (flows.anisotropy != "auto" or masks.flow3d_smooth):
-        name = "anisotropy" if flows.anisotropy != "auto" else "flow3d_smooth"
-        raise SettingsError(f"{name} counts in 3D only; give do_3d (--do-3d) as well, or leave it out.")
-    if is_3d and masks.flow_threshold != defaults.flow_threshold:
-        raise SettingsError("flow_threshold does not count in 3D, where shapes are not checked; leave it out.")
-    if (flows.do_3d or masks.stitch_threshold) and not extent.objects.startswith("z"):
-        logger.info("%s has a single plane: cells are sought in two dimensions.", image.name)
-    if is_3d and anisotropy_of(image, settings) is None:
-        logger.warning(
-            "%s does not say how thick its planes are: they are taken to be as thick as pixels are wide; "
-            "give --anisotropy.",
-            image.name,
-        )
-
-
-def _labeller_of(
-    image: Image, settings: Settings, segmenter: Callable[[Any], Any] | None = None
-) -> tuple[tuple[Input, ...], Model | Segmenter]:
-    """What is shown of the image, and what finds the cells; a channel taken for want of a word is named."""
-    survey = settings.survey
-    if segmenter is None:
-        model = _model_of(settings)
-        inputs = inputs_of(image, survey, model.n_inputs, f"model {model.name}")
-        _say_what_is_shown(image, settings, inputs)
-        return inputs, model
-    if survey.channel == ALL_CHANNELS and ALL_CHANNELS not in image.channels:
-        every = tuple(Input((i,)) for i in range(image.n_channels))
-        return every, Segmenter.of(segmenter, takes_all_channels=True)
-    inputs = inputs_of(image, survey, 1, "a segmenter")
-    _say_what_is_shown(image, settings, inputs)
-    return inputs, Segmenter.of(segmenter)
-
-
-def _say_what_is_shown(image: Image, settings: Settings, inputs: tuple[Input, ...]) -> None:
-    """Name what is taken of several channels for want of a word."""
-    survey = settings.survey
-    if image.n_channels > 1 and survey.channel is None and survey.chan is None:
-        logger.info(
-            "%s has channels %s; taking %s, another with --channel.",
-            image.name,
-            ", ".join(image.channels),
-            inputs_text(image, inputs),
-        )
-
-
-def _model_of(settings: Settings) -> Model:
-    """The network, with its tiles as far apart as the settings say."""
-    flows = settings.flows
-    return find_model(flows.model, HALF_A_TILE if flows.augment else flows.tile_overlap)
-
-
-def _in_precision(
-    model: Model | Segmenter, settings: Settings, device: str, executor: Executor, store: Store
-) -> tuple[Model | Segmenter, Settings]:
-    """A network, and the settings, with the precision that all who work compute in."""
-    if not isinstance(model, Model):
-        return model, settings
-    precision = settings.flows.precision
-    if precision == "auto":
-        # A run that goes on elsewhere goes on in what it began with.
-        began_with = (store.read_json("run.json") or {}).get("settings", {}).get("precision")
-        precision = began_with if began_with in PRECISIONS else "auto"
-    what = "CPU" if device == "cpu" else "GPU"
-    have = [it for it in executor.ask(functools.partial(computes_in_bfloat16, device)) if it is not None]
-    if precision == "auto":
-        precision = precision_of(model, device, all(have))
-        if any(have) and precision != precision_of(model, device, True):
-            logger.info("not every worker's %s computes in bfloat16: the network computes in float32 on all.", what)
-    if precision == "bfloat16" and not all(have):
-        logger.warning("this %s does not compute in bfloat16: the network would be faster in float32.", what)
-    flows = dataclasses.replace(settings.flows, precision=precision)
-    return dataclasses.replace(model, precision=precision), dataclasses.replace(settings, flows=flows)
-
-
 def _n_blocks(image: Image, settings: Settings) -> int:
     return grid_of(label_shape(image), settings, extent_of(image, settings), 0, 1.0).n_blocks
 
 
-def _check_geometry(
-    labeller: Model | Segmenter, settings: Settings, image: Image, diameter: float | None = None
-) -> None:
-    """Refuse a diameter and blocks that do not go together; without a diameter, what can be told."""
-    value = diameter or settings.survey.diameter_px(image.spacing_um())
-    if value is None:
+def _check_outputs(image: Image, settings: Settings, place: Place) -> None:
+    """Refuse files that cannot be written; say what to do about labels of very many."""
+    wanted = settings.publish
+    if place.plan is None:
+        for name in ("shard", "csv", "polygons"):
+            if getattr(wanted, name):
+                raise SettingsError(f"{name} is about files, and labels of an array stay in memory; give an output.")
         return
-    shape, extent = label_shape(image), extent_of(image, settings)
-    anisotropy = anisotropy_of(image, settings) or 1.0
-    if isinstance(labeller, Model):
-        WorkingGrid.for_diameter(shape[extent.n_flow_frames :], value, labeller.diam_mean, anisotropy)
-    halo, block = halo_of(settings, value), settings.masks.block
-    if block == "auto":
-        return
-    if int(block) < halo and any(
-        int(block) < n for n, axis in zip(shape, extent.axes, strict=True) if axis in extent.objects
-    ):
-        times = "two" if halo == math.ceil(2 * value) else "three"
-        raise SettingsError(
-            f"block {block} is smaller than the halo of {halo} px ({times} diameters of {value:g} px); "
-            f"give --block {halo} or more."
-        )
+    if wanted.polygons is not None:
+        check_flat(extent_of(image, settings).objects, wanted.name)
+    n_files = place.plan.n_files
+    if n_files > MANY_FILES and place.plan.shards is None and place.plan.version != "0.4":
+        logger.info("the labels will be up to %d files; --shard puts them together in far fewer.", n_files)
 
 
 @contextlib.contextmanager
@@ -442,7 +412,7 @@ def estimate_diameter(
     *,
     picture: str | os.PathLike[str] | None = None,
     axes: str | None = None,
-    progress: Listener | None = None,
+    progress: Listener | bool | None = None,
     **settings: Any,
 ) -> Diameter:
     """Estimate the one diameter of an image's cells, in this process; writes nothing but a picture.
@@ -468,24 +438,25 @@ def estimate_diameter(
     if chosen.masks.stitch_threshold is None and not chosen.flows.do_3d:
         # The diameter is measured plane by plane in any case.
         chosen = dataclasses.replace(chosen, masks=dataclasses.replace(chosen.masks, stitch_threshold=0))
-    view = _view_of(image, axes, chosen)
-    opened, chosen = view.image, view.settings
-    inputs, model = _labeller_of(opened, chosen)
-    with connect(small=True) as executor, torch_threads_kept():
+    part = part_of(image, axes, chosen)
+    opened, chosen = part.image, part.settings
+    inputs, model = labeller_of(opened, chosen)
+    with connect(small=True) as executor, torch_threads_kept(), told(progress) as listener:
         device, store = executor.device(chosen.flows.device), MemoryStore()
-        model, chosen = _in_precision(model, chosen, device, executor, store)
-        job = Job(opened, inputs, chosen, model, device, store, mask=view.mask)
-        moments = survey.run(job, executor, Progress(progress)).moments
+        model, chosen = in_precision(model, chosen, device, executor, store)
+        job = Job(opened, inputs, chosen, model, device, store, mask=part.mask)
+        moments = survey.run(job, executor, Progress(listener)).moments
         moment = max(range(len(moments)), key=lambda i: moments[i].diameter.value)
-        found = moments[moment].diameter.times(view.pixel)
+        found = moments[moment].diameter.times(part.pixel)
+        is_estimated = found.source == "estimated"
+        sizes = job.store.load(sizes_name(moment)) * part.pixel if is_estimated else np.zeros(0)
         if picture is not None:
-            if found.source != "estimated":
+            if not is_estimated:
                 raise SettingsError(
                     f"there is no histogram to draw: the diameter is {found.source}, not estimated from objects."
                 )
-            sizes = job.store.load(survey.sizes_name(moment))
-            histogram(sizes * view.pixel, Path(picture), found.value, found.quartiles)
-        return found
+            histogram(sizes, Path(picture), found.value, found.quartiles)
+        return Estimate(**found.as_dict(), sizes=sizes)
 
 
 def _state(place: Place) -> str:
@@ -517,7 +488,7 @@ def preview(
     axes: str | None = None,
     measure: bool = False,
     **settings: Any,
-) -> dict[str, Any]:
+) -> Plan:
     """What `segment` would do and what it would need, without doing it.
 
     Parameters
@@ -529,23 +500,24 @@ def preview(
 
     Returns
     -------
-    plan : dict
-        ``image`` as opened; ``channel``; where ``labels``, ``table`` and ``scratch`` would go and the
-        ``state`` of what is there; ``diameter_source``: ``"given"``, ``"estimated"`` or ``"default"`` by an
-        earlier run that is to be continued, or ``"assumed"``: the model's own, until the survey has run; then
-        all that `preflight.Needs` tells; ``seconds`` of the stages that take longest, if measured; and
+    plan : Plan
+        A dict, which shows itself in Jupyter: ``image`` as opened; ``channel``; where ``labels``, ``table`` and
+        ``scratch`` would go and the ``state`` of what is there; ``diameter_source``: ``"given"``, ``"estimated"`` or
+        ``"default"`` by an earlier run that is to be continued, or ``"assumed"``: the model's own, until the survey
+        has run; then all that `preflight.Needs` tells; ``seconds`` of the stages that take longest, if measured; and
         ``refused``, why it cannot fit, None if it can.
     """
     chosen = Settings.of(**settings)
-    view = _view_of(image, axes, chosen)
-    opened, chosen = view.image, view.settings
-    inputs, model = _labeller_of(opened, chosen)
+    part = part_of(image, axes, chosen)
+    opened, chosen = part.image, part.settings
+    inputs, model = labeller_of(opened, chosen)
     place = place_of(opened, output, scratch, chosen)
-    _check_geometry(model, chosen, opened)
+    check_geometry(model, chosen, opened)
+    _check_outputs(opened, chosen, place)
     is_small = _n_blocks(opened, chosen) <= FEW_BLOCKS or not is_shippable(opened)
     crew = _crew({"client": client, "scheduler": scheduler, "workers": workers, "security": security}, chosen, is_small)
     device = "cpu" if chosen.flows.device == "cpu" else resolve_device("auto")
-    diameter = _expected_diameter(opened, chosen, _model_of(chosen), place)
+    diameter = _expected_diameter(opened, chosen, model_of(chosen), place)
     precision = chosen.flows.precision
     if isinstance(model, Model):
         here = precision_of(model, device, bool(computes_in_bfloat16(device)))
@@ -556,7 +528,7 @@ def preview(
         preflight.check(None if diameter.source == "assumed" else diameter.value)
     except (SettingsError, OutputError) as error:
         refused = str(error)
-    return {
+    facts = {
         "image": opened.describe(),
         "channel": inputs_text(opened, inputs),
         "labels": None if place.plan is None else str(place.plan.path),
@@ -568,6 +540,7 @@ def preview(
         "seconds": preflight.seconds(diameter.value) if measure else {},
         "refused": refused,
     }
+    return Plan(facts)
 
 
 def _expected_diameter(image: Image, settings: Settings, model: Model, place: Place) -> Diameter:

@@ -31,9 +31,9 @@ from .inputs import Input, channels_of
 from .job import N_OUTPUTS, Sheet, block_of, grid_of, halo_of, sheets_of
 from .networks.batches import tile_memory
 from .networks.models import Model
-from .publish import REGION as PUBLISH_REGION
-from .publish import region_sides
 from .rates import pixels_per_second, tiles_per_second
+from .regions import REGION as PUBLISH_REGION
+from .regions import region_sides
 from .runs import Place
 from .segmenters import Segmenter
 from .stitch import merge_memory
@@ -82,6 +82,8 @@ PUBLISH_PIXEL = 60
 """Per pixel of a region that is published; 30 to 45 with one channel of uint16."""
 PUBLISH_CHANNEL_PIXEL = 20
 """Per pixel and channel there, besides the image's own."""
+SHARD_PIXEL = 14
+"""Per pixel of a shard, which is put together from regions and written whole; 12 at most, 5 of real labels."""
 SMALLEST_BLOCK = 64
 """That is ever advised."""
 LARGE_CHUNK = 64 * MIB
@@ -121,12 +123,18 @@ class Needs:
         On disk, for an image full of cells.
     scratch_bytes_max : int
         If nothing could be compressed.
+    n_files : int
+        Of the labels and their pyramid; where nothing is there is no file.
     task_bytes : dict of str to int
         Memory of the largest task of each stage.
     process_bytes : int
         Memory of a worker beside its tasks.
     n_workers, n_threads : int
         Processes, and tasks at once in each.
+    n_on_gpu : int
+        Tasks of a network on a GPU at once in each that has one; these are not counted above.
+    does_both : bool
+        Whether a process does these and others at once.
     client_bytes : int
         Memory of the process that hands out the work, if it does none itself.
     """
@@ -140,10 +148,13 @@ class Needs:
     scratch_bytes: int
     output_bytes: int
     scratch_bytes_max: int
+    n_files: int
     task_bytes: dict[str, int]
     process_bytes: int
     n_workers: int
     n_threads: int
+    n_on_gpu: int
+    does_both: bool
     client_bytes: int
 
     @property
@@ -154,7 +165,9 @@ class Needs:
     @property
     def worker_bytes(self) -> int:
         """Most memory of one worker."""
-        return self.process_bytes + self.n_threads * self.task_bytes[self.largest_task]
+        others = self.n_threads * self.task_bytes[self.largest_task]
+        on_gpu = self.n_on_gpu * self.task_bytes.get("flows", 0)
+        return self.process_bytes + (others + on_gpu if self.does_both else max(others, on_gpu))
 
     @property
     def memory_bytes(self) -> int:
@@ -223,12 +236,15 @@ class Preflight:
             working_shape=() if working is None else working.shape,
             scratch_bytes=disk + int(LABELS_SHARE * labels) if on_disk else 0,
             scratch_bytes_max=disk + labels if on_disk else 0,
+            n_files=0 if self.place.plan is None else self.place.plan.n_files,
             output_bytes=self._output_bytes(n_objects),
             task_bytes=dict(self._tasks(blocks, working, n_objects)),
             # Without a scratch everything stays in this process.
             process_bytes=process if on_disk else process + disk + labels + 4 * math.prod(shape),
             n_workers=self.crew.n_workers,
             n_threads=self.crew.n_threads,
+            n_on_gpu=self.crew.n_on_gpu,
+            does_both=self.crew.does_both,
             client_bytes=0 if self.crew.in_process else PROCESS_BYTES,
         )
 
@@ -300,7 +316,8 @@ class Preflight:
         if isinstance(self.labeller, Segmenter):
             return {}
         needs, crew = self.needs(diameter), self.crew
-        tiles = tiles_per_second(self.labeller, self.device, crew.n_threads) * (crew.n_network or crew.n_workers)
+        n_at_once = crew.n_on_gpu or crew.n_threads
+        tiles = tiles_per_second(self.labeller, self.device, n_at_once) * (crew.n_network or crew.n_workers)
         pixels = pixels_per_second(len(self._extent.flows), crew.n_threads) * crew.n_workers
         return {"flows": needs.n_tiles / tiles, "masks": needs.n_pixels / pixels}
 
@@ -332,7 +349,10 @@ class Preflight:
         chunks = plan.level_chunks(0) if plan is not None else (1,) * (len(shape) - 2) + (PUBLISH_REGION,) * 2
         region = tuple(map(min, region_sides(chunks, shape), shape))
         per_pixel = PUBLISH_PIXEL + PUBLISH_CHANNEL_PIXEL * image.n_channels
-        yield "publish", TASK_BYTES + per_pixel * math.prod(region) + _reading(image, 0, region, image.n_channels)
+        shards = None if plan is None else plan.level_shards(0)
+        sharded = 0 if shards is None else SHARD_PIXEL * math.prod(map(min, shards, shape))
+        measured = per_pixel * math.prod(region) + _reading(image, 0, region, image.n_channels)
+        yield "publish", TASK_BYTES + measured + sharded
 
     def _largest_padded(self, blocks: BlockGrid) -> Index:
         """Sides of what a mask task works on at once: with an automatic halo a block is seen with a larger one where

@@ -32,7 +32,7 @@ def grown_blocks(job: Job, block: Block) -> Iterator[Block]:
     """The block with its halo, then with larger ones if the halo is automatic."""
     grid = job.blocks
     for growth in HALO_GROWTHS if job.settings.masks.halo == "auto" else HALO_GROWTHS[:1]:
-        grown = grid.at(block.index, tuple(h * growth for h in grid.halo))
+        grown = grid.around(block.index, block.core, tuple(h * growth for h in grid.halo))
         n = job.extent.n_flow_frames
         # Of planes that are stitched each is looked at by itself.
         yield Block(block.index, (*block.core[:n], *grown.core[n:]), (*block.core[:n], *grown.padded[n:]))
@@ -76,7 +76,11 @@ class Reach:
 
     def chunks_under(self, number: int) -> set[int]:
         """Chunks that the masks of a block may read."""
-        block, found = self._grid.at(self._grid.index_of(number)), set()
+        return self.under(self._grid.at(self._grid.index_of(number)))
+
+    def under(self, block: Block) -> set[int]:
+        """The same of any block, also one that is not of the grid."""
+        found = set()
         *_, largest = grown_blocks(self._job, block)
         # Planes of the halo are read as well where planes are stitched.
         for frame in itertools.product(*(range(p.start, p.stop) for p in block.padded[: self._n])):

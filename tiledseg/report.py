@@ -240,9 +240,8 @@ def _busy(work: Work, executor: Executor) -> dict[str, float]:
     if work.busy_seconds:
         return {device: at_work / seconds for device, at_work in work.busy_seconds.items()}
     crew = executor.crew
-    return {
-        "cpu": executor.totals.of("flows").seconds.get("network", 0.0) / (seconds * crew.n_workers * crew.n_threads)
-    }
+    n_at_once = crew.n_network * crew.n_on_gpu or crew.n_workers * crew.n_threads
+    return {"cpu": executor.totals.of("flows").seconds.get("network", 0.0) / (seconds * n_at_once)}
 
 
 def _model_facts(job: Job) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import logging
@@ -54,7 +55,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 5
+FORMAT = 6
 """Of the scratch; another number means that what is there cannot be continued."""
 
 LARGE_ARRAY = 2**28
@@ -74,7 +75,7 @@ MAY_CHANGE = {
     "stitch_gap",
     "flow3d_smooth",
 }
-NO_MATTER = {"device", "missing_chunks", "ome_zarr"}
+NO_MATTER = {"device", "missing_chunks", "ome_zarr", "shard", "features", "csv", "polygons"}
 MATTERS_TO_A_FUNCTION = {"channel", "combine", "stain", "name", "do_3d", "anisotropy", "region", "level", "mask"}
 
 
@@ -102,7 +103,8 @@ def place_of(image: Image, output: Any, scratch: Any, settings: Settings) -> Pla
             )
         return Place(None, None, None)
     name = settings.publish.name
-    plan = plan_labels(image, None if output is None else location(output), name, settings.publish.ome_zarr)
+    where = None if output is None else location(output)
+    plan = plan_labels(image, where, name, settings.publish.ome_zarr, settings.publish.shard)
     parent = _parent_of_scratch(plan, scratch)
     folder = parent / f"{plan.root.name}.{name}.tiledseg"
     return Place(plan, plan.root / "tables" / name / "table.parquet", folder)
@@ -261,16 +263,21 @@ def labels_folder(job: Job, place: Place, run_id: str) -> str:
     if plan is None:
         job.store.create(f"{folder}/published", job.shape, job.shape, "uint32")
         return folder
-    before = (job.store.read_json(LABELS_RECORD) or {}).get("folder", folder)
+    record = job.store.read_json(LABELS_RECORD) or {}
+    before, shards = record.get("folder", folder), None if plan.shards is None else list(plan.shards)
     if before != folder:
         logger.info("mask settings changed: masks and what follows are computed again, flows are kept.")
-    if before != folder or not plan.path.exists():
-        # Labels that were deleted by hand are published again from the blocks that are still there.
+    if before != folder or record.get("shards") != shards or not plan.path.exists():
+        # Labels that were deleted by hand, or are to be stored in another way, are published again from the blocks
+        # that are still there.
         for stage in ("publish-",) if before == folder else ("",):
             job.store.remove(f"{before}/{stage}")
         remove_labels(plan)
-    job.store.write_json(LABELS_RECORD, {"folder": folder, "settings": kept})
-    create_labels(plan, attributes={"tiledseg": {"run": run_id, **kept}})
+    job.store.write_json(LABELS_RECORD, {"folder": folder, "settings": kept, "shards": shards})
+    version = importlib.metadata.version("tiledseg")
+    create_labels(
+        plan, attributes={"tiledseg": {"run": run_id, "version": version, "placement": plan.placement, **kept}}
+    )
     return folder
 
 

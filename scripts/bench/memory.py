@@ -29,6 +29,7 @@ from tiledseg.omezarr import write_image
 from tiledseg.preflight import MIB, Preflight
 from tiledseg.runs import place_of
 from tiledseg.slides import synthetic_slide
+from tiledseg.table import write_table
 from tiledseg.volumes import label_volume, render_volume
 
 
@@ -56,7 +57,7 @@ def measure(job: Job) -> dict[str, int]:
         "flows": peak_of(flows.compute_chunk, 0, job),
         "masks": peak_of(masks.label_block, middle, job),
         "stitch": max(peak_of(stitch.match_block, 0, job), peak_of(stitch.merge, 0, job)),
-        "publish": max(peak_of(publish.paint_region, 0, job), peak_of(publish.write_table, 0, job)),
+        "publish": max(peak_of(publish.paint_region, 0, job), peak_of(write_table, 0, job)),
     }
 
 
@@ -84,7 +85,7 @@ def main() -> int:
         del picture
         for block in map(int, options.blocks.split(",")):
             output = Path(folder) / f"{block}.zarr"
-            job = tiledseg.segment(path, output, diameter=options.diameter, block=block, **how)._job
+            job = tiledseg.segment(path, output, diameter=options.diameter, block=block, **how).job
             crew = Crew(1, 1, in_process=True)
             place = place_of(job.image, output, None, job.settings)
             flight = Preflight(job.image, job.inputs, job.settings, job.labeller, place, crew)

@@ -1,13 +1,14 @@
 """tiledseg beside its peers: the same images, network weights, diameter and cores, from file to file.
 
     TILEDSEG_DATA=... python scripts/bench/peers.py --cellpose-python PATH --patchworks-python PATH
-        [--toy] [--save FILE] [--images synthetic mosaic] [--who ...]
+        [--toy] [--save FILE] [--images synthetic mosaic] [--who ...] [--repeat 3]
 
 Peers are untiled Cellpose 3.1.1.3, `cellpose.contrib.distributed_segmentation` and patchworks. Each runs in a
 process of its own environment on the same cores. Time is from the start of that process to its end;
 memory is the sum over its processes of the most each had resident. Blocks are 1024 pixels for all that have
 blocks. Recall is at IoU 0.75, of true objects that cross a block edge and of the others.
-About fifteen minutes on two cores.
+With `--repeat` all run in turns so many times and the fastest run of each counts, which is fairer on a machine that
+others use as well. About fifteen minutes on two cores for each time.
 
 Environments (Python 3.11)::
 
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,19 @@ def targets_of(rows: Sequence[dict[str, Any]]) -> list[Target]:
     return targets
 
 
+def fastest_rows(bench: Bench, who: Sequence[str], repeat: int) -> Iterator[dict[str, Any]]:
+    """The row of the fastest run of each that ended well, of so many in turns; in the last round, as they end."""
+    found: dict[str, dict[str, Any]] = {}
+    for turn in range(repeat):
+        for one in who:
+            row = row_of(bench, one)
+            before = found.setdefault(one, row)
+            if "AP" in row and ("AP" not in before or row["seconds"] < before["seconds"]):
+                found[one] = row
+            if turn == repeat - 1:
+                yield found[one]
+
+
 def examples(chosen: Sequence[str], toy: bool) -> list[Example]:
     """The images to measure on."""
     makers = {"synthetic": lambda: synthetic(512 if toy else 4096), "mosaic": lambda: mosaic(512 if toy else None)}
@@ -102,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--who", nargs="+", choices=WHO, default=WHO, help="tiledseg and which peers")
     made.add_argument("--block", type=int, metavar="PX", help="of all that have blocks (default 1024, toy 256)")
     made.add_argument("--cores", type=int, default=2, metavar="N", help="cores of each")
+    made.add_argument("--repeat", type=int, default=1, metavar="N", help="times in turns; the fastest counts")
     options = made.parse_args(arguments)
     pythons = {"cellpose": options.cellpose_python, "patchworks": options.patchworks_python}
     block = options.block or (256 if options.toy else 1024)
@@ -111,9 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
             bench = Bench(example, Path(folder) / example.name.replace(" ", "-"), block, options.cores, pythons)
             prepare(bench)
             ours_s = None
-            for who in sorted(options.who, key=WHO.index):
-                row = row_of(bench, who)
-                ours_s = row.get("seconds") if who == "tiledseg" else ours_s
+            for row in fastest_rows(bench, sorted(options.who, key=WHO.index), options.repeat):
+                ours_s = row.get("seconds") if row["who"] == "tiledseg" else ours_s
                 if ours_s and "seconds" in row:
                     row["x tiledseg"] = row["seconds"] / ours_s
                 table.add(row)

@@ -89,16 +89,15 @@ def _widths() -> list[int]:
 
 
 def run_tiledseg(folder: Path, image: Path, options: Mapping[str, Any], cores: int) -> tuple[Measured, dict[str, Any]]:
-    """Segment an image on disk in a new process, from nothing; returns also tiledseg's report."""
+    """Segment an image on disk by the command line, from nothing; returns also tiledseg's report."""
     for name in ("out.ome.zarr", "out.ome.zarr.cells.tiledseg"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    job, report = folder / "tiledseg.json", folder / "report.json"
-    report.unlink(missing_ok=True)
-    paths = {"image": str(image), "output": str(folder / "out.ome.zarr"), "report": str(report)}
-    job.write_text(json.dumps({**paths, "options": dict(options)}))
+    output = folder / "out.ome.zarr"
+    command = [sys.executable, "-m", "tiledseg.cli", "segment", str(image), "-o", str(output)]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     package = Path(tiledseg.__file__).parents[1]
-    command = [sys.executable, str(HERE / "tiledseg_run.py"), str(job)]
     measured = run_measured(command, folder, cores=cores, env={"PYTHONPATH": str(package)})
+    report = output / "tables" / "cells" / "report.json"
     return measured, json.loads(report.read_text()) if report.exists() else {}
 
 

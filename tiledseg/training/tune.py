@@ -15,14 +15,16 @@ import torch
 from ..cluster import resolve_device
 from ..config import CHANNEL_SETTINGS, SurveyConfig
 from ..errors import ImageError, ModelError, OutputError, SettingsError
+from ..live import told
 from ..networks.models import find_model
+from ..networks.runner import computes_in_bfloat16
 from ..networks.unet import ResidualUNet, read_state, unet_of
 from ..pipeline import segment
 from ..progress import Listener
 from ..scoring import compare
 from .fit import fit_network, fit_size
 from .pairs import Pair, is_held_out, read_pairs
-from .views import example_of
+from .views import Example, example_of
 
 __all__ = ["TrainingReport", "train"]
 
@@ -82,7 +84,7 @@ def train(
     labels: str | None = None,
     axes: str | None = None,
     device: str = "auto",
-    progress: Listener | None = None,
+    progress: Listener | bool | None = None,
     **channels: Any,
 ) -> TrainingReport:
     """Fine-tune a residual U-Net on images with labels, and write it with its size model.
@@ -108,8 +110,9 @@ def train(
         Axes of images that do not say them.
     device : str
         ``"auto"``, ``"cpu"`` or ``"cuda"``.
-    progress : callable, optional
-        Called with ``"train"``, steps done, steps in all.
+    progress : callable or bool, optional
+        Called with ``"train"``, steps done, steps in all; or whether to show them. Default: shown in a Jupyter
+        notebook.
     **channels
         Which channels, as for `segment`: ``channel``, ``nuclear_channel``, ``combine``, ``stain``, ``chan``, ``chan2``.
 
@@ -125,22 +128,11 @@ def train(
     Notes
     -----
     One image in five is held out, by a hash of its name, if there are at least five. All images are held in memory.
+    It computes in bfloat16 where the CPU or GPU does, as the default model was trained, else in float32.
     What was learned so far lies in ``<output>.partial`` meanwhile, and can be given as `start`.
     """
-    if steps < 1 or not 0 < rate < 1:
-        raise SettingsError(f"steps must be at least 1 and rate between 0 and 1, not {steps} and {rate}.")
-    foreign = sorted(set(channels) - CHANNEL_SETTINGS)
-    if foreign:
-        raise SettingsError(
-            f"{', '.join(foreign)} cannot be given for training, only {', '.join(sorted(CHANNEL_SETTINGS))}; leave "
-            f"{'it' if len(foreign) == 1 else 'them'} out."
-        )
     file = Path(output).absolute()
-    if not file.parent.is_dir():
-        raise OutputError(f"model file {file} lies in a folder that does not exist; choose another.")
-    for written in (file, _size_file(file)):
-        if written.exists():
-            raise OutputError(f"model file {written} exists already; choose another.")
+    _refuse(file, steps, rate, channels)
     model = find_model(start)
     if model.architecture != "unet":
         raise ModelError(f"model {start} is a transformer, which is not trained here; give a U-Net, such as cyto3.")
@@ -153,24 +145,12 @@ def train(
     where = resolve_device(device)
     if (device, where) == ("auto", "cpu"):
         logger.info("no GPU found: training runs on the CPU.")
-    partial = file.with_name(f"{file.name}.partial")
-    losses: list[float] = []
-
-    def each_step(step: int, loss: float) -> None:
-        losses.append(loss)
-        if step % PARTIAL_EVERY == 0:
-            torch.save(network.state_dict(), partial)
-        if progress is not None:
-            progress("train", step, steps)
-
     before = _precision(start, held_out, where)
     examples = [example_of(pair, model.diam_mean) for pair in learned]
-    how: dict[str, Any] = {"steps": steps, "rate": rate, "seed": seed, "device": where, "bfloat16": where == "cuda"}
-    try:
-        fit_network(network, examples, **how, each_step=each_step)
-    except KeyboardInterrupt:
-        torch.save(network.state_dict(), partial)
-        raise
+    partial = file.with_name(f"{file.name}.partial")
+    is_half = bool(computes_in_bfloat16(where))
+    how: dict[str, Any] = {"steps": steps, "rate": rate, "seed": seed, "device": where, "bfloat16": is_half}
+    losses = _fit(network, examples, partial, how, progress)
     size_file = _write(network, file, fit_size(network, examples, seed))
     partial.unlink(missing_ok=True)
     return TrainingReport(
@@ -185,6 +165,49 @@ def train(
         ap_before=before,
         ap_after=_precision(str(file), held_out, where),
     )
+
+
+def _refuse(file: Path, steps: int, rate: float, channels: dict[str, Any]) -> None:
+    """Say what cannot be done before any image is read."""
+    if steps < 1 or not 0 < rate < 1:
+        raise SettingsError(f"steps must be at least 1 and rate between 0 and 1, not {steps} and {rate}.")
+    foreign = sorted(set(channels) - CHANNEL_SETTINGS)
+    if foreign:
+        raise SettingsError(
+            f"{', '.join(foreign)} cannot be given for training, only {', '.join(sorted(CHANNEL_SETTINGS))}; leave "
+            f"{'it' if len(foreign) == 1 else 'them'} out."
+        )
+    if not file.parent.is_dir():
+        raise OutputError(f"model file {file} lies in a folder that does not exist; choose another.")
+    for written in (file, _size_file(file)):
+        if written.exists():
+            raise OutputError(f"model file {written} exists already; choose another.")
+
+
+def _fit(
+    network: ResidualUNet,
+    examples: list[Example],
+    partial: Path,
+    how: dict[str, Any],
+    progress: Listener | bool | None,
+) -> list[float]:
+    """Train a network, keeping what it has learned so far in a file; the loss of every step."""
+    losses: list[float] = []
+    with told(progress) as listener:
+
+        def each_step(step: int, loss: float) -> None:
+            losses.append(loss)
+            if step % PARTIAL_EVERY == 0:
+                torch.save(network.state_dict(), partial)
+            if listener is not None:
+                listener("train", step, how["steps"])
+
+        try:
+            fit_network(network, examples, **how, each_step=each_step)
+        except KeyboardInterrupt:
+            torch.save(network.state_dict(), partial)
+            raise
+    return losses
 
 
 def _split(pairs: list[Pair], data: Path) -> tuple[list[Pair], list[Pair]]:
@@ -227,6 +250,8 @@ def _precision(model: str, pairs: list[Pair], device: str) -> tuple[float, ...] 
     scores = []
     for pair in pairs:
         nuclear = 1 if len(pair.pixels) > 1 else None
-        found = segment(pair.pixels, axes="cyx", channel=0, nuclear_channel=nuclear, model=model, device=device)
+        found = segment(
+            pair.pixels, axes="cyx", channel=0, nuclear_channel=nuclear, model=model, device=device, progress=False
+        )
         scores.append(compare(found.labels.compute(), pair.labels).overall.ap)
     return tuple(np.mean(scores, axis=0).round(4).tolist())
