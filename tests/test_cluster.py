@@ -255,6 +255,7 @@ def test_a_result_that_is_lost_before_it_is_fetched_is_not_waited_for(monkeypatc
     assert sorted(done) == [0, 1, 2, 4, 5, 6, 7]
 
 
+@pytest.mark.slow
 def test_a_task_that_kills_its_workers_is_set_aside_and_one_that_freezes_them_given_to_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

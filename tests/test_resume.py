@@ -78,19 +78,20 @@ def run_until(journal: str, image: Path, output: Path, settings: dict[str, Any])
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "settings", "stages"),
     [
-        pytest.param("image_path", SETTINGS, id="2d"),
-        pytest.param("volume_path", IN_3D, id="3d", marks=pytest.mark.slow),
+        pytest.param("image_path", SETTINGS, STAGES[:1], id="2d"),
+        pytest.param("image_path", SETTINGS, STAGES, id="2d, in every stage", marks=pytest.mark.slow),
+        pytest.param("volume_path", IN_3D, STAGES, id="3d, in every stage", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_command_goes_on_where_it_was(
-    request: pytest.FixtureRequest, tmp_path: Path, name: str, settings: dict[str, Any]
+    request: pytest.FixtureRequest, tmp_path: Path, name: str, settings: dict[str, Any], stages: list[str]
 ) -> None:
     image, output = request.getfixturevalue(name), tmp_path / "out.ome.zarr"
-    killed = [journal for journal in STAGES if run_until(journal, image, output, settings)]
+    killed = [journal for journal in stages if run_until(journal, image, output, settings)]
     assert "flows.journal" in killed
-    assert not (output / "labels" / "zarr.json").exists() or len(killed) < len(STAGES)
+    assert not (output / "labels" / "zarr.json").exists() or len(killed) < len(stages)
     ended = subprocess.run(command(image, output, settings), capture_output=True, check=True)
     report = json.loads(ended.stdout)
     assert report["kept"]["flows"] > 0
