@@ -77,6 +77,43 @@ def test_a_lent_core_is_given_back_when_a_task_begins() -> None:
     assert len(set(late)) == 1
 
 
+def test_who_waits_for_a_disk_lends_its_core_meanwhile() -> None:
+    cores = Cores(2)
+    stored, seen = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with cores.task():
+            with cores.lent():
+                seen.set()
+                assert stored.wait(10)
+            seen.clear()
+            assert not seen.wait(0.1)
+
+    def helpers(pause_s: float) -> int:
+        crowd = Crowd(pause_s)
+        cores.run(crowd.work, range(8))
+        return crowd.most
+
+    with cores.task():
+        other = threading.Thread(target=wait)
+        other.start()
+        assert seen.wait(10)
+        assert helpers(0.01) == 2
+        stored.set()
+        while seen.is_set():
+            time.sleep(0.001)
+        assert helpers(0.001) == 1
+        other.join()
+        assert helpers(0.01) == 2
+
+
+def test_a_thread_without_a_core_has_none_to_lend() -> None:
+    cores, crowd = Cores(1), Crowd()
+    with cores.lent(), cores.task():
+        cores.run(crowd.work, range(5))
+    assert crowd.most == 1
+
+
 def test_an_error_ends_the_work_and_frees_the_cores() -> None:
     cores = Cores(3)
 

@@ -125,7 +125,8 @@ HOMES = {
     "openslide": {"images.from_slide"},
     "tensorstore": {"images.from_n5"},
     "cloudpickle": {"segmenters"},
-    "distributed": {"clients", "cluster", "machine", "batch.scheduler"},
+    "distributed": {"clients", "cluster", "batch.scheduler"},
+    "psutil": {"machine"},
     "tifffile": {"images.from_tiff"},
     "torch": {
         "gpu",

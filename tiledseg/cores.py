@@ -31,6 +31,7 @@ class Cores:
         self._lock = threading.Lock()
         self._n_cores = self._n_free = n_cores
         self._helpers: ThreadPoolExecutor | None = None
+        self._mine = threading.local()
 
     def resize(self, n_cores: int) -> None:
         """Set the number of cores; what is running goes on."""
@@ -45,11 +46,27 @@ class Cores:
         """Take a core while a task runs, from a borrower if there is none left."""
         with self._lock:
             self._n_free -= 1
+        self._mine.is_held = True
+        try:
+            yield
+        finally:
+            self._mine.is_held = False
+            with self._lock:
+                self._n_free += 1
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let others borrow this thread's core while it waits for a disk or a network; nothing where it has none."""
+        if not getattr(self._mine, "is_held", False):
+            yield
+            return
+        with self._lock:
+            self._n_free += 1
         try:
             yield
         finally:
             with self._lock:
-                self._n_free += 1
+                self._n_free -= 1
 
     def run(self, function: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
         """``[function(piece) for piece in pieces]`` on this thread and as many as are free.

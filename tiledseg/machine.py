@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from .claims import visible_devices
 from .errors import DeviceError
 
 __all__ = ["machine_memory", "n_cores", "peak_memory", "resolve_device", "usable_gpus"]
+
+PROC = Path("/proc")
+GROUPS = Path("/sys/fs/cgroup")
 
 
 def n_cores() -> int:
@@ -33,10 +37,40 @@ def peak_memory() -> tuple[int, int]:
 
 
 def machine_memory() -> int:
-    """Bytes that all processes of this machine, container or session may have."""
-    from distributed.system import MEMORY_LIMIT
+    """Bytes that all processes of this machine, container or job of a batch system may have."""
+    import psutil
 
-    return int(MEMORY_LIMIT)
+    return min([int(psutil.virtual_memory().total), *_limits_of_groups()])
+
+
+def _limits_of_groups() -> Iterator[int]:
+    """What Linux allows the control groups that this process is in, from the innermost outwards.
+
+    distributed looks at the outermost only, and batch systems set the limit of a job further in; importing it for that
+    would also take longer than anything else before a run of this process begins.
+    """
+    try:
+        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, name = (GROUPS / "memory", "memory.limit_in_bytes") if controllers else (GROUPS, "memory.max")
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and (limit := _read_limit(folder / name)) is not None:
+                yield limit
+
+
+def _read_limit(file: Path) -> int | None:
+    """The limit that a file of a control group holds, None without one."""
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None  # of another container's view, or of a group without this controller
+    return int(text) if text.isdecimal() else None
 
 
 def resolve_device(device: str) -> str:

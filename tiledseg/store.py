@@ -40,6 +40,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .cores import CORES
 from .disk import DRAFTS, make_folders, make_home, sweep, sync_folder, write_whole
 from .errors import OutputError, ScratchError
 from .images.damage import BAD_FILE, failing_chunks
@@ -264,7 +265,7 @@ class DiskStore:
     def save_all(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Store small arrays, each whole."""
         # At once, for a disk that is asked by several threads to sync does it for all of them together.
-        with ThreadPoolExecutor(min(len(arrays), SYNCED_AT_ONCE) or 1, "tiledseg-files") as pool:
+        with CORES.lent(), ThreadPoolExecutor(min(len(arrays), SYNCED_AT_ONCE) or 1, "tiledseg-files") as pool:
             list(pool.map(carried(self.save), arrays.keys(), arrays.values()))
 
     @metered("read")
@@ -395,7 +396,8 @@ class _StoredArray:
 
     def __getitem__(self, region: Any) -> npt.NDArray[Any]:
         try:
-            return np.asarray(self._read[region])
+            with CORES.lent():
+                return np.asarray(self._read[region])
         except BAD_FILE as error:
             if not _is_damage(error) or isinstance(error, ScratchError):
                 raise
@@ -405,7 +407,8 @@ class _StoredArray:
             raise ScratchError(self._store.path, f"{self._name}/{failing[0]}", error) from error
 
     def __setitem__(self, region: Any, values: Any) -> None:
-        self._written[region] = values
+        with CORES.lent():
+            self._written[region] = values
 
 
 def _bounds(region: Any, shape: tuple[int, ...]) -> list[slice | int]:

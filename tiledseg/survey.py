@@ -423,7 +423,7 @@ def _range_of(
     # On a slide that is nearly empty both percentiles of all pixels are background, and cells would
     # be many times brighter than the network has ever seen: the empty parts do not count.
     holds_something = foreground_map(cells, high - low, (0,) * (cells.ndim - 1)) & is_wanted
-    if holds_something.any():
+    if holds_something.any() and not holds_something.all():
         low, high = percentiles_of(where(holds_something))
     lowest, highest = extremes
     if lowest >= highest:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..axes import spatial_axes
+from ..cores import CORES
 from ..displayed import Displayed
 from ..errors import ImageError, TiledsegError
 from ..meters import metered
@@ -196,7 +197,7 @@ class Image(Displayed):
         if torn:
             self._raise_corrupt(level, bounds, torn, "the stored file is cut short", None)
         try:
-            with self._reached(level):
+            with self._reached(level), CORES.lent():
                 pixels = array[selection]
             if hasattr(pixels, "__dask_graph__"):
                 pixels = pixels.compute(scheduler="threads")
