@@ -27,6 +27,7 @@ ROWS = [
         "malloc",
         "overlaps",
         "networks.fetch",
+        "networks.fused",
         "networks.size",
         "networks.states",
     },
@@ -130,6 +131,7 @@ HOMES = {
     "tifffile": {"images.from_tiff"},
     "torch": {
         "gpu",
+        "networks.fused",
         "networks.states",
         "networks.unet",
         "networks.attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 from tiledseg.errors import ModelError
+from tiledseg.networks import fused
+from tiledseg.networks.fused import FusedConv, can_fuse
 from tiledseg.networks.models import WEIGHTS, find_model
 from tiledseg.networks.runner import Network, load_network
 from tiledseg.networks.size import SizeModel
-from tiledseg.networks.unet import ResidualUNet, prepare_to_predict, read_state, unet_of
+from tiledseg.networks.unet import ResidualUNet, fuse_for_cpu, prepare_to_predict, read_state, unet_of
 
 
 def random_tiles(n: int) -> np.ndarray:
@@ -79,6 +82,39 @@ def test_preparing_a_network_changes_outputs_by_rounding_only(is_trained: bool) 
         after = net(tiles)
     for old, new in zip(before, after, strict=True):
         torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-4 * float(old.abs().max()))
+
+
+@pytest.mark.parametrize("widths", [(2, 16, 32, 64, 128), (2, 8, 16, 24, 32), (1, 5, 7, 11)])
+def test_fused_convolutions_give_the_same_bits(widths: tuple[int, ...]) -> None:
+    torch.manual_seed(4)
+    net = ResidualUNet(widths).eval()
+    prepare_to_predict(net)
+    faster = copy.deepcopy(net)
+    fuse_for_cpu(faster)
+    n_fused = sum(isinstance(module, FusedConv) for module in faster.modules())
+    assert n_fused == (7 * (len(widths) - 1) if can_fuse() else 0)
+    tiles = torch.randn(3, widths[0], 96, 112)
+    with ThreadPoolExecutor(2) as pool:
+        plain, *found = pool.map(lambda net: passed(net, tiles), [net, faster, faster, faster])
+    for again in found:
+        assert all(map(torch.equal, again, plain))
+
+
+def passed(net: ResidualUNet, tiles: torch.Tensor) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        last = torch.channels_last
+        return list(net.to(memory_format=last)(tiles.to(memory_format=last)))
+
+
+def test_where_torch_lacks_the_operators_convolutions_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tiles = find_model("tiledseg-nuclei"), random_tiles(1)
+    expected = Network(model, "cpu").predict(tiles)
+    monkeypatch.setattr(fused, "_ops", object())
+    can_fuse.cache_clear()
+    plain = Network(model, "cpu")
+    can_fuse.cache_clear()
+    assert not any(isinstance(module, FusedConv) for module in plain._passes._net.modules())
+    assert all(map(np.array_equal, plain.predict(tiles), expected))
 
 
 def test_a_tile_gives_the_same_bits_in_any_company_and_thread() -> None:

@@ -25,7 +25,7 @@ from ..meters import busy, metered
 from .batches import Passes
 from .models import Model
 from .transformer import transformer_of
-from .unet import prepare_to_predict, read_state, unet_of
+from .unet import fuse_for_cpu, prepare_to_predict, read_state, unet_of
 
 __all__ = [
     "Network",
@@ -63,6 +63,8 @@ class Network:
         if model.architecture == "unet":
             net = unet_of(read_state(model.path), model.path).eval()
             prepare_to_predict(net)
+            if device == "cpu" and model.precision != "bfloat16":
+                fuse_for_cpu(net)
             # GPUs have their kernels of float32 for the usual order.
             is_last = device == "cpu" or model.precision == "bfloat16"
             how["memory_format"] = torch.channels_last if is_last else torch.contiguous_format

@@ -20,26 +20,34 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .fused import FusedConv, can_fuse
 from .states import architecture_of, load_state
 
-__all__ = ["ResidualUNet", "prepare_to_predict", "read_state", "unet_of"]
+__all__ = ["ResidualUNet", "fuse_for_cpu", "prepare_to_predict", "read_state", "unet_of"]
 
 
-def _norm_relu_conv(n_in: int, n_out: int, size: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.BatchNorm2d(n_in, eps=1e-5, momentum=0.05),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(n_in, n_out, size, padding=size // 2),
-    )
+class _NormReluConv(nn.Sequential):
+    """Normalisation, ReLU and convolution; the result is added to other features if there are any."""
+
+    def __init__(self, n_in: int, n_out: int, size: int) -> None:
+        norm, conv = nn.BatchNorm2d(n_in, eps=1e-5, momentum=0.05), nn.Conv2d(n_in, n_out, size, padding=size // 2)
+        super().__init__(norm, nn.ReLU(inplace=True), conv)
+
+    def forward(self, features: Tensor, onto: Tensor | None = None) -> Tensor:
+        norm, relu, conv = self
+        features = relu(norm(features))
+        out: Tensor
+        if isinstance(conv, FusedConv):
+            out = conv(features, onto)
+            return out
+        out = conv(features)
+        if onto is None:
+            return out
+        return onto + out if torch.is_grad_enabled() else onto.add_(out)
 
 
 def _norm_conv(n_in: int, n_out: int) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm2d(n_in, eps=1e-5, momentum=0.05), nn.Conv2d(n_in, n_out, 1))
-
-
-def _sum(first: Tensor, second: Tensor) -> Tensor:
-    """The sum; in place of the first where no gradient needs that."""
-    return first + second if torch.is_grad_enabled() else first.add_(second)
 
 
 class _DownBlock(nn.Module):
@@ -49,12 +57,13 @@ class _DownBlock(nn.Module):
         super().__init__()
         self.conv = nn.Sequential()
         for i in range(4):
-            self.conv.add_module(f"conv_{i}", _norm_relu_conv(n_in if i == 0 else n_out, n_out, size))
+            self.conv.add_module(f"conv_{i}", _NormReluConv(n_in if i == 0 else n_out, n_out, size))
         self.proj = _norm_conv(n_in, n_out)
 
     def forward(self, features: Tensor) -> Tensor:
-        features = _sum(self.proj(features), self.conv[1](self.conv[0](features)))
-        return _sum(features, self.conv[3](self.conv[2](features)))
+        out: Tensor = self.conv[1](self.conv[0](features), self.proj(features))
+        out = self.conv[3](self.conv[2](out), out)
+        return out
 
 
 class _Downsample(nn.Module):
@@ -79,13 +88,15 @@ class _StyleConv(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, n_style: int, size: int) -> None:
         super().__init__()
-        self.conv = _norm_relu_conv(n_in, n_out, size)
+        self.conv = _NormReluConv(n_in, n_out, size)
         self.full = nn.Linear(n_style, n_out)
 
-    def forward(self, style: Tensor, features: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(
+        self, style: Tensor, features: Tensor, skip: Tensor | None = None, onto: Tensor | None = None
+    ) -> Tensor:
         if skip is not None:
             features = features + skip
-        out: Tensor = self.conv(features + self.full(style)[:, :, None, None])
+        out: Tensor = self.conv(features + self.full(style)[:, :, None, None], onto)
         return out
 
 
@@ -103,10 +114,12 @@ class _ScaledStyleConv(_StyleConv):
         self.full.bias.mul_(scale).add_(shift)
         self.register_buffer("scale", scale[:, None, None])
 
-    def forward(self, style: Tensor, features: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(
+        self, style: Tensor, features: Tensor, skip: Tensor | None = None, onto: Tensor | None = None
+    ) -> Tensor:
         if skip is not None:
             features = features + skip
-        out: Tensor = self.conv(torch.addcmul(self.full(style)[:, :, None, None], features, self.scale))
+        out: Tensor = self.conv(torch.addcmul(self.full(style)[:, :, None, None], features, self.scale), onto)
         return out
 
 
@@ -131,15 +144,16 @@ class _UpBlock(nn.Module):
     def __init__(self, n_in: int, n_out: int, n_style: int, size: int) -> None:
         super().__init__()
         self.conv = nn.Sequential()
-        self.conv.add_module("conv_0", _norm_relu_conv(n_in, n_out, size))
+        self.conv.add_module("conv_0", _NormReluConv(n_in, n_out, size))
         for i in range(1, 4):
             self.conv.add_module(f"conv_{i}", _StyleConv(n_out, n_out, n_style, size))
         self.proj = _norm_conv(n_in, n_out)
 
     def forward(self, features: Tensor, skip: Tensor, style: Tensor) -> Tensor:
         conv = self.conv
-        features = _sum(self.proj(features), conv[1](style, conv[0](features), skip))
-        return _sum(features, conv[3](style, conv[2](style, features)))
+        out: Tensor = conv[1](style, conv[0](features), skip, self.proj(features))
+        out = conv[3](style, conv[2](style, out), onto=out)
+        return out
 
 
 class _Upsample(nn.Module):
@@ -179,7 +193,7 @@ class ResidualUNet(nn.Module):
         self.widths = widths
         self.downsample = _Downsample(widths, 3)
         self.upsample = _Upsample((*widths[1:], widths[-1]), 3)
-        self.output = _norm_relu_conv(widths[1], n_out, 1)
+        self.output = _NormReluConv(widths[1], n_out, 1)
         self.diam_mean = nn.Parameter(torch.ones(1) * diam_mean, requires_grad=False)
         self.diam_labels = nn.Parameter(torch.ones(1) * diam_mean, requires_grad=False)
 
@@ -247,6 +261,28 @@ def prepare_to_predict(net: ResidualUNet) -> None:
             up.proj = nn.Sequential(up.proj, net.upsample.upsampling)
             up.conv[0][2] = _with_upsampling(up.conv[0][2])
         net.upsample.upsampling = nn.Identity()
+
+
+def fuse_for_cpu(net: ResidualUNet) -> None:
+    """Let convolutions do the ReLU or the sum that follows, where this process can: the same bits in a tenth less time.
+
+    Parameters
+    ----------
+    net : ResidualUNet
+        After `prepare_to_predict`, in float32, for tiles whose channels are the last axis in memory; changed in place.
+    """
+    if not can_fuse():
+        return
+    downs: Any = net.downsample.down
+    ups: Any = net.upsample.up
+    for down in downs:
+        for first, second in ((0, 1), (2, 3)):
+            down.conv[first][2] = FusedConv(down.conv[first][2], relu=True)
+            down.conv[second][1] = nn.Identity()
+            down.conv[second][2] = FusedConv(down.conv[second][2])
+    for up in ups:
+        for i in (1, 2, 3):
+            up.conv[i].conv[2] = FusedConv(up.conv[i].conv[2])
 
 
 def _with_upsampling(conv: nn.Conv2d) -> nn.ConvTranspose2d:
