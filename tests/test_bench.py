@@ -125,6 +125,7 @@ def test_volume(tmp_path: Path) -> None:
     assert tiles[-1]["ratio"] <= 0.45
 
 
+@pytest.mark.slow
 def test_volume_in_blocks(tmp_path: Path) -> None:
     code, saved = run("volume_blocks", tmp_path, "--blocks", "70")
     whole, parts = saved["rows"]
@@ -145,6 +146,7 @@ def test_masks_on_a_real_image(data: Path) -> None:
     assert labels.max() > 0.7 * np.unique(example.truth).size
 
 
+@pytest.mark.slow
 def test_peers_that_are_not_there_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, saved = run("peers", tmp_path, "--images", "synthetic", "--cellpose-python", str(shutil.which("false")))
     assert code == 0
@@ -160,6 +162,7 @@ def test_peers_that_are_not_there_are_named(tmp_path: Path, capsys: pytest.Captu
     assert "no environment given" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_whole(tmp_path: Path) -> None:
     code, saved = run("whole", tmp_path, "--size", "400", "--beside", "0")
     (row,) = saved["rows"]
@@ -216,6 +219,7 @@ def test_scale_judges_the_largest_beside_the_smallest() -> None:
         assert sum(not target.is_met for target in scale.targets_of([first, last])) == n_missed
 
 
+@pytest.mark.slow
 def test_convert(tmp_path: Path) -> None:
     code, saved = run("convert", tmp_path)
     assert code == 0

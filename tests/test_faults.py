@@ -248,6 +248,7 @@ SLOW = {
     "worker killed with results stored and not yet marked",
     "worker killed in stitch",
     "worker killed in publish",
+    "scratch gone for a while",
 }
 
 

@@ -25,6 +25,7 @@ from tiledseg.errors import ModelError
 from tiledseg.images import open_image
 from tiledseg.inputs import inputs_of
 from tiledseg.job import Job
+from tiledseg.networks import fetch
 from tiledseg.networks.models import KNOWN_MODELS, find_model, list_models
 from tiledseg.networks.runner import Network
 from tiledseg.networks.size import read_size_model
@@ -198,7 +199,10 @@ def test_a_named_model_is_fetched_once_with_its_size_model(folder: Path, store: 
     assert find_model("nuclei") == model
 
 
-def test_a_model_that_the_store_lacks_is_one_sentence(folder: Path, store: Path) -> None:
+def test_a_model_that_the_store_lacks_is_one_sentence(
+    folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "RETRIES", 1)
     store.mkdir()
     with pytest.raises(ModelError, match=r"cyto3 could not be fetched .* or put the file into"):
         find_model("cyto3")

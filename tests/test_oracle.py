@@ -55,7 +55,10 @@ def cellpose_labels(image: npt.NDArray[Any], diameter: float) -> npt.NDArray[np.
     return np.asarray(masks).astype(np.uint32)
 
 
-@pytest.mark.parametrize(("shape", "diameter"), [((640, 700), 24.0), ((500, 500), 17.0), ((1024, 1024), 40.0)])
+@pytest.mark.parametrize(
+    ("shape", "diameter"),
+    [((640, 700), 24.0), ((500, 500), 17.0), pytest.param((1024, 1024), 40.0, marks=pytest.mark.slow)],
+)
 def test_agrees_with_cellpose_on_a_slide(shape: tuple[int, int], diameter: float) -> None:
     image, _ = synthetic_slide(shape, diameter=diameter, seed=5)
     ours = tiledseg.segment(image, diameter=diameter, block=256).labels.compute()

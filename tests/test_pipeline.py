@@ -154,7 +154,15 @@ def dim_and_bright(dim: float, noise: float) -> npt.NDArray[np.float32]:
 
 
 # The dimmest cells that the network still finds, at each noise.
-@pytest.mark.parametrize(("dim", "noise"), [(200.0, 0.0), (200.0, 10.0), (300.0, 30.0), (600.0, 100.0)])
+@pytest.mark.parametrize(
+    ("dim", "noise"),
+    [
+        (200.0, 0.0),
+        pytest.param(200.0, 10.0, marks=pytest.mark.slow),
+        pytest.param(300.0, 30.0, marks=pytest.mark.slow),
+        (600.0, 100.0),
+    ],
+)
 def test_skipping_empty_tiles_costs_no_cell(dim: float, noise: float) -> None:
     image = dim_and_bright(dim, noise)
     skipping = tiledseg.segment(image, diameter=DIAMETER, block=256)

@@ -303,7 +303,15 @@ def test_neuroglancer_reads_the_files_themselves(page: Any, results: dict[str, R
 
 
 @pytest.mark.parametrize(
-    ("name", "zoom"), [("moved", 1.0), ("moved", 4.3), ("region", 1.0), ("tiff", 1.0), ("0.4", 1.0), ("sharded", 2.2)]
+    ("name", "zoom"),
+    [
+        pytest.param("moved", 1.0, marks=pytest.mark.slow),
+        ("moved", 4.3),
+        ("region", 1.0),
+        ("tiff", 1.0),
+        pytest.param("0.4", 1.0, marks=pytest.mark.slow),
+        ("sharded", 2.2),
+    ],
 )
 def test_view_shows_image_and_labels_where_they_are(
     page: Any, results: dict[str, Result], name: str, zoom: float
