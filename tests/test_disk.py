@@ -193,3 +193,19 @@ def test_a_mark_is_taken_back(tmp_path: Path) -> None:
     store.unmark("stage", [2, 30])
     store.mark("stage", [30])
     assert store.done("stage") == {1, 30}
+
+
+def test_an_array_is_opened_once_until_it_is_removed(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "scratch")
+    store.create("a.zarr", (4, 4), (2, 2), "uint8")
+    store.open("a.zarr")[:2] = 7
+    (tmp_path / "scratch/a.zarr/zarr.json").rename(tmp_path / "zarr.json")
+    store.open("a.zarr")[2:] = 8
+    with pytest.raises(ScratchError, match=r"a.zarr/zarr.json"):
+        pickle.loads(pickle.dumps(store)).open("a.zarr")[:]
+    (tmp_path / "zarr.json").rename(tmp_path / "scratch/a.zarr/zarr.json")
+    assert pickle.loads(pickle.dumps(store)).open("a.zarr")[:].tolist() == [[7] * 4] * 2 + [[8] * 4] * 2
+    store.remove("a")
+    store.create("a.zarr", (2,), (2,), "uint16")
+    store.open("a.zarr")[:] = 300
+    assert store.open("a.zarr")[:].tolist() == [300, 300]

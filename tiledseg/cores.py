@@ -1,8 +1,9 @@
 """The cores of this process, shared between the tasks that run in it.
 
-A task has one core for itself. What no task uses it may borrow, piece by piece: when another task
-begins, the lent core is given back after the piece in hand, so a process never has more threads at
-work than cores for longer than one piece takes.
+A task has one core for itself, which it lends while it waits for a disk or a network. What no task uses
+another may borrow, piece by piece: when its owner wants it back, or another task begins, a borrowed core is
+given back after the piece in hand, so a process never has more threads at work than cores for longer than
+one piece takes.
 """
 
 from __future__ import annotations

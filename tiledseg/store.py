@@ -185,6 +185,10 @@ class DiskStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._is_made = False
+        self._opened: dict[str, _StoredArray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}
 
     def begin(self) -> None:
         """Make the folder, or remove what killed writers left in it."""
@@ -246,8 +250,8 @@ class DiskStore:
             )
 
     def open(self, name: str) -> Array:
-        """An array made before."""
-        return _StoredArray(self, name)
+        """An array made before; its metadata are read once, whichever task of this process asks first."""
+        return self._opened.setdefault(name, _StoredArray(self, name))
 
     def open_zarr(self, name: str, to_read: bool) -> Any:
         """The same as zarr has it: every chunk is stored, also one of zeros, and must be there when it is read."""
@@ -356,6 +360,7 @@ class DiskStore:
         beginning = Path(os.path.normpath(self.path / name))
         if self.path not in beginning.parents:
             raise ValueError(f"{name!r} names nothing inside the scratch folder")
+        self._opened.clear()
         for path in beginning.parent.glob(f"{beginning.name}*"):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -364,6 +369,7 @@ class DiskStore:
 
     def discard(self) -> None:
         """Delete the whole scratch but for its lock."""
+        self._opened.clear()
         for path in [path for path in self.path.glob("*") if path.name != LOCK]:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
