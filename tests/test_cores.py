@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import time
@@ -107,9 +108,17 @@ def test_who_waits_for_a_disk_lends_its_core_meanwhile() -> None:
         assert helpers(0.01) == 2
 
 
-def test_a_thread_without_a_core_has_none_to_lend() -> None:
-    cores, crowd = Cores(1), Crowd()
-    with cores.lent(), cores.task():
+def test_a_core_is_lent_once_and_only_by_who_has_it() -> None:
+    cores = Cores(1)
+    for lent in ((cores.lent(), cores.task()), (cores.task(), cores.lent(), cores.lent())):
+        with contextlib.ExitStack() as stack:
+            for context in lent:
+                stack.enter_context(context)
+            crowd = Crowd()
+            cores.run(crowd.work, range(5))
+        assert crowd.most == len(lent) - 1
+    with cores.task():
+        crowd = Crowd()
         cores.run(crowd.work, range(5))
     assert crowd.most == 1
 

@@ -61,6 +61,7 @@ class Cores:
         if not getattr(self._mine, "is_held", False):
             yield
             return
+        self._mine.is_held = False
         with self._lock:
             self._n_free += 1
         try:
@@ -68,6 +69,7 @@ class Cores:
         finally:
             with self._lock:
                 self._n_free -= 1
+            self._mine.is_held = True
 
     def run(self, function: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
         """``[function(piece) for piece in pieces]`` on this thread and as many as are free.
