@@ -46,8 +46,7 @@ def machine_memory() -> int:
 def _limits_of_groups() -> Iterator[int]:
     """What Linux allows the control groups that this process is in, from the innermost outwards.
 
-    distributed looks at the outermost only, and batch systems set the limit of a job further in; importing it for that
-    would also take longer than anything else before a run of this process begins.
+    distributed looks at the outermost only, and batch systems set the limit of a job further in.
     """
     try:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()
