@@ -96,8 +96,11 @@ class _StyleConv(nn.Module):
     ) -> Tensor:
         if skip is not None:
             features = features + skip
-        out: Tensor = self.conv(features + self.full(style)[:, :, None, None], onto)
+        out: Tensor = self.conv(self._shifted(features, self.full(style)[:, :, None, None]), onto)
         return out
+
+    def _shifted(self, features: Tensor, shift: Tensor) -> Tensor:
+        return features + shift
 
 
 class _ScaledStyleConv(_StyleConv):
@@ -114,13 +117,8 @@ class _ScaledStyleConv(_StyleConv):
         self.full.bias.mul_(scale).add_(shift)
         self.register_buffer("scale", scale[:, None, None])
 
-    def forward(
-        self, style: Tensor, features: Tensor, skip: Tensor | None = None, onto: Tensor | None = None
-    ) -> Tensor:
-        if skip is not None:
-            features = features + skip
-        out: Tensor = self.conv(torch.addcmul(self.full(style)[:, :, None, None], features, self.scale), onto)
-        return out
+    def _shifted(self, features: Tensor, shift: Tensor) -> Tensor:
+        return torch.addcmul(shift, features, self.scale)
 
 
 class _Scaled(nn.Module):
