@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiledseg import flows
 from tiledseg.errors import SettingsError
-from tiledseg.grid import BlockGrid, Lattice, WorkingGrid, interpolate, overlap, samples_needed
+from tiledseg.grid import BlockGrid, Lattice, WorkingGrid, interpolate, overlap, samples_needed, shift
+from tiledseg.job import CELLPROB_FLOOR
 
 shapes = st.lists(st.integers(1, 40), min_size=2, max_size=3).map(tuple)
 
@@ -146,3 +148,24 @@ def test_working_pixels_lie_at_the_centres_design_gives() -> None:
 def test_absurd_diameters_are_refused(diameter: float) -> None:
     with pytest.raises(SettingsError, match=r"diameter .* would scale the image by .*; give a diameter from"):
         WorkingGrid.for_diameter((100, 100), diameter, 17.0)
+
+
+@pytest.mark.parametrize("thin", [None, 0, 1, 2])
+def test_tiles_are_blended_as_numpy_does_to_the_bit(thin: int | None) -> None:
+    rng = np.random.default_rng(0)
+    shape = tuple(5 if axis == thin else 90 for axis in range(2 if thin is None else 3))
+    lattice = Lattice(shape, tile=48, stride=32, thin=thin, tiles_per_chunk=2, planes_per_chunk=3)
+    chunk = lattice.chunk_counts[0] - 1, *(0,) * (len(shape) - 1)
+    piece, tiles = lattice.piece_region(chunk), lattice.tiles_of(chunk)
+    outputs = {tile: rng.normal(0, 10, (3, 48, 48)).astype(np.float32) for tile in tiles[1:]}
+    outputs[tiles[1]][:, 5, 7] = np.nan, 3e38, np.nan
+    expected = np.zeros((3, *(p.stop - p.start for p in piece)), np.float32)
+    for tile, output in outputs.items():
+        logit = np.maximum(output[2], np.float32(CELLPROB_FLOOR)) - np.float32(CELLPROB_FLOOR)
+        rows, columns = lattice.along_plane(lattice.weights(tile))
+        weighted = np.stack([output[0], output[1], logit]) * rows[:, None] * columns
+        where = shift(lattice.tile_region(tile), tuple(p.start for p in piece))
+        expected[(slice(None), *where)] += weighted.reshape(3, *lattice.sides)
+    with np.errstate(over="ignore"):
+        halved = expected.astype(np.float16)
+    np.testing.assert_array_equal(flows.process_block(outputs, lattice, piece), halved)

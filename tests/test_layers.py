@@ -32,6 +32,7 @@ ROWS = [
         "networks.states",
     },
     {
+        "blend",
         "machine",
         "objects",
         "particles",
@@ -121,7 +122,7 @@ HOMES = {
     "boto3": {"remote_clients"},
     "ipywidgets": {"knobs"},
     "obstore": {"patience", "remote", "remote_clients", "zarr_stores"},
-    "numba": {"dynamics", "exports.outlines", "heat", "hulls", "lerp", "objects", "particles"},
+    "numba": {"blend", "dynamics", "exports.outlines", "heat", "hulls", "lerp", "objects", "particles"},
     "h5py": {"images.from_hdf5"},
     "openslide": {"images.from_slide"},
     "tensorstore": {"images.from_n5"},

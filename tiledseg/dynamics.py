@@ -31,10 +31,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import gpu
+from .blend import load_kernels
 from .cores import ALONE, Cores
 from .errors import SettingsError
 from .heat import flow_errors, label_flows
-from .lerp import lerp
 from .meters import metered
 from .objects import fill_holes, measure_objects, object_extents, renumber
 from .particles import follow_flows
@@ -323,7 +323,5 @@ def warm_up(ndim: int = 2) -> None:
     labels[(8,) * ndim] = 0
     flows = label_flows(labels)
     compute_masks(flows, labels.astype(np.float32), min_size=1)
-    first, share = np.zeros(1, np.int64), np.zeros(1, np.float32)
-    for axis in (1, ndim):
-        lerp(flows, axis, first, first, share)
+    load_kernels()
     measure_objects(labels, labels[None], np.arange(2))  # of two: a table of one row lies otherwise in memory

@@ -17,11 +17,13 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .blend import add_tile, load_kernels
 from .cluster import Executor, peak_memory
 from .cores import CORES
 from .frames import frame_region
@@ -29,6 +31,7 @@ from .grid import Index, Lattice, Region, enclosing, region_shape, region_text, 
 from .job import CELLPROB_FLOOR, N_OUTPUTS, Job, Sheet
 from .meters import meter, metered, note
 from .networks.batches import shortage_text
+from .networks.models import Model
 from .networks.runner import as_float16, load_network
 from .progress import Progress
 from .reach import Reach
@@ -36,7 +39,16 @@ from .store import Store
 from .tasks import Tasks
 from .working import pixels_to_read, read_tile
 
-__all__ = ["PIXELS_AT_ONCE", "compute_chunk", "group_shape", "n_inexact_tiles", "process_block", "run", "tasks_of"]
+__all__ = [
+    "PIXELS_AT_ONCE",
+    "begin_loading",
+    "compute_chunk",
+    "group_shape",
+    "n_inexact_tiles",
+    "process_block",
+    "run",
+    "tasks_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +60,14 @@ TILES_AT_ONCE = 64
 """Of a volume, that are worked on together."""
 SHORTAGE = "shortage.json"
 """What there is to say of batches that were halved."""
+
+
+def begin_loading(model: Model, device: str) -> None:
+    """Load network and kernels beside what else this process does; what goes wrong is said to whoever needs them."""
+    loader = ThreadPoolExecutor(2, "tiledseg-load")
+    loader.submit(load_network, model, device)
+    loader.submit(load_kernels)
+    loader.shutdown(wait=False)
 
 
 @metered("blend")
@@ -68,16 +88,18 @@ def process_block(outputs: dict[Index, FloatArray], lattice: Lattice, piece: Reg
     blended : array of float16, shape (3, *piece)
         The tiles' share of the blend, the logit above its floor.
     """
-    blended = np.zeros((N_OUTPUTS, *region_shape(piece)), np.float32)
+    thin = lattice.thin
+    # Planes lie one after the other, whichever axis is across them.
+    n_planes = 1 if thin is None else region_shape(piece)[thin]
+    blended = np.zeros((N_OUTPUTS, n_planes, *lattice.along_plane(region_shape(piece))), np.float32)
     for tile in sorted(outputs):
-        output = outputs[tile].copy()
-        output[-1] = np.maximum(output[-1], CELLPROB_FLOOR) - CELLPROB_FLOOR
+        where = tuple(part.start for part in shift(lattice.tile_region(tile), tuple(p.start for p in piece)))
         rows, columns = lattice.along_plane(lattice.weights(tile))
-        output *= rows[:, None]
-        output *= columns
-        where = shift(lattice.tile_region(tile), tuple(p.start for p in piece))
-        blended[(slice(None), *where)] += output.reshape(N_OUTPUTS, *lattice.sides)
-    return as_float16(blended)
+        top, left = lattice.along_plane(where)
+        plane = 0 if thin is None else where[thin]
+        add_tile(outputs[tile], rows, columns, np.float32(CELLPROB_FLOOR), blended, plane, top, left)
+    halved = as_float16(blended)
+    return halved[:, 0] if thin is None else np.moveaxis(halved, 1, 1 + thin)
 
 
 def compute_chunk(number: int, job: Job) -> dict[str, Any]:
@@ -96,7 +118,9 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
         outputs = _predict(job, sheet, frame, group)
         piece[(slice(None), *shift(part, tuple(p.start for p in whole)))] = process_block(outputs, lattice, part)
     with meter("write"):
-        job.store.open(sheet.name)[index] = piece
+        # A whole chunk with all its axes is stored as it is; without those of length 1 zarr copies it first.
+        chunk_region = tuple(slice(i, i + 1) for i in index)
+        job.store.open(sheet.name)[chunk_region] = piece.reshape((*(1,) * len(index), *piece.shape))
     note("n_tiles", len(wanted))
     note("n_skipped_tiles", len(tiles) - len(wanted))
     shortage = load_network(job.model, job.device).shortage if wanted else None

@@ -144,10 +144,13 @@ class Inverted:
 
 def percentiles_of(samples: FloatArray) -> tuple[float, float]:
     """Percentiles 1 and 99 of the finite values, 0 and 0 if there are none."""
-    samples = samples[np.isfinite(samples)]
-    if not samples.size:
+    # Sorted first, which processors have instructions for: what percentiles do by themselves takes longer.
+    ordered = np.sort(samples, axis=None)
+    infinite = np.float32(np.inf)
+    finite = ordered[np.searchsorted(ordered, -infinite, side="right") : np.searchsorted(ordered, infinite)]
+    if not finite.size:
         return 0.0, 0.0
-    low, high = np.percentile(samples, PERCENTILES)
+    low, high = np.percentile(finite, PERCENTILES, overwrite_input=True)
     return float(low), float(high)
 
 

@@ -28,10 +28,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -384,15 +384,22 @@ class _StoredArray:
 
     def __init__(self, store: DiskStore, name: str) -> None:
         self._store, self._name = store, name
+        self._opening, self._opened = threading.Lock(), dict[bool, Any]()
 
-    @functools.cached_property
+    @property
     def _read(self) -> Any:
-        return self._store.open_zarr(self._name, to_read=True)
+        return self._open(to_read=True)
 
-    @functools.cached_property
+    @property
     def _written(self) -> Any:
         # A chunk that is written in part is read before, and may not be there yet.
-        return self._store.open_zarr(self._name, to_read=False)
+        return self._open(to_read=False)
+
+    def _open(self, to_read: bool) -> Any:
+        with self._opening:
+            if to_read not in self._opened:
+                self._opened[to_read] = self._store.open_zarr(self._name, to_read)
+            return self._opened[to_read]
 
     @property
     def shape(self) -> tuple[int, ...]:
