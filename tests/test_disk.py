@@ -178,10 +178,10 @@ def test_chunks_of_zeros_are_stored_and_one_that_is_not_is_missed(tmp_path: Path
     assert not array[:4].any()
     array[0, 0] = 5
     assert store.open("array")[0, 0] == 5
-    assert (array.shape, sum(path.is_file() for path in (tmp_path / "array" / "c").rglob("*"))) == ((4, 5), 6)
-    (tmp_path / "array" / "c" / "1" / "2").unlink()
+    assert (array.shape, len(list((tmp_path / "array").glob("c.*")))) == ((4, 5), 6)
+    (tmp_path / "array" / "c.1.2").unlink()
     assert array[:, :4].sum() == 5
-    with pytest.raises(ScratchError, match=r"array/c/1/2 of the scratch .* \(.*c/1/2 is missing\)"):
+    with pytest.raises(ScratchError, match=r"array/c\.1\.2 of the scratch .* \(.*c\.1\.2 is missing\)"):
         array[3, 4]
     with pytest.raises(ScratchError, match=r"other/zarr\.json of the scratch"):
         store.open("other")[0]

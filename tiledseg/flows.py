@@ -30,7 +30,7 @@ from .frames import frame_region
 from .grid import Index, Lattice, Region, enclosing, region_shape, region_text, shift
 from .job import CELLPROB_FLOOR, N_OUTPUTS, Job, Sheet
 from .meters import meter, metered, note
-from .networks.batches import shortage_text
+from .networks.batches import shortage_text, wake_gpu
 from .networks.models import Model
 from .networks.runner import as_float16, load_network
 from .progress import Progress
@@ -64,9 +64,11 @@ SHORTAGE = "shortage.json"
 
 def begin_loading(model: Model, device: str) -> None:
     """Load network and kernels beside what else this process does; what goes wrong is said to whoever needs them."""
-    loader = ThreadPoolExecutor(2, "tiledseg-load")
+    loader = ThreadPoolExecutor(3, "tiledseg-load")
     loader.submit(load_network, model, device)
     loader.submit(load_kernels)
+    if device == "cuda":
+        loader.submit(wake_gpu)
     loader.shutdown(wait=False)
 
 

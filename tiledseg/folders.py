@@ -101,7 +101,7 @@ class FolderStore(LocalStore):
 
     def _refuse_missing(self, key: str) -> None:
         """Refuse to take a chunk that is not there for zeros."""
-        if self.is_full and key.startswith("c/"):
+        if self.is_full and key.startswith(("c/", "c.")):
             raise ValueError(f"{self.root / key} is missing")
 
     def _checked(self, value: Buffer | None, key: str, byte_range: ByteRequest | None) -> Buffer:

@@ -92,4 +92,4 @@ def _piece_of_labels(path: PurePosixPath) -> tuple[str, int] | None:
 
 def _chunk_index(path: PurePosixPath) -> Index:
     """Which chunk of its array a file holds."""
-    return tuple(int(part) for part in path.parts[path.parts.index("c") + 1 :])
+    return tuple(map(int, path.name.split(".")[1:]))

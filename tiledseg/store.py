@@ -247,6 +247,8 @@ class DiskStore:
                 fill_value=0,
                 compressors=compressors,
                 zarr_format=3,
+                # All files in one folder: each is synced, and so is every folder that leads to a new file.
+                chunk_key_encoding={"name": "default", "separator": "."},
             )
 
     def open(self, name: str) -> Array:
