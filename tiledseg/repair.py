@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -28,6 +29,8 @@ STAGES = {
     "measured": "publish-0",
 }
 """Of a folder of arrays, one for each piece, the stage that writes them."""
+CHUNK = re.compile(r"/c[./](\d+(?:[./]\d+)*)$")
+"""A file of an array, also as it was called when every index was a folder."""
 DOCUMENTS = {"survey.json", "masks.json", "stitch.json"}
 """Made anew from what the pieces left."""
 
@@ -92,4 +95,7 @@ def _piece_of_labels(path: PurePosixPath) -> tuple[str, int] | None:
 
 def _chunk_index(path: PurePosixPath) -> Index:
     """Which chunk of its array a file holds."""
-    return tuple(map(int, path.name.split(".")[1:]))
+    found = CHUNK.search(str(path))
+    if found is None:
+        raise ValueError(f"{path} is no chunk of an array")
+    return tuple(map(int, re.split("[./]", found[1])))
