@@ -12,7 +12,6 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +30,6 @@ from tiledseg import claims, clients, cluster
 from tiledseg.clients import certificates
 from tiledseg.cluster import DaskExecutor, connect, crew_of
 from tiledseg.errors import ClusterError, DeviceError, QuarantineError, SettingsError
-from tiledseg.machine import NICENESS
 from tiledseg.omezarr import write_image
 from tiledseg.tasks import Tasks
 
@@ -58,11 +56,6 @@ def look(_: int, seconds: float = 0.05) -> Seen:
     start = time.time()
     time.sleep(seconds)
     return str(get_worker().name), os.environ.get(claims.VARIABLE), os.getpid(), start, time.time()
-
-
-def niceness(_: int) -> int:
-    """Task: how much its thread leaves to others."""
-    return os.getpriority(os.PRIO_PROCESS, 0)
 
 
 NOBODY: Seen = ("", None, 0, 0.0, 0.0)
@@ -208,9 +201,6 @@ def test_a_local_cluster_pins_its_gpus_and_keeps_other_work_from_them(monkeypatc
         for device in ("0", FIRST):
             mine = [found for found in seen["network"] if found[1] == device]
             assert 1 < max(sum(other[3] <= one[3] < other[4] for other in mine) for one in mine) <= 6
-        usual = os.getpriority(os.PRIO_PROCESS, 0)
-        for kind, nice in (("network", usual), ("cpu", max(usual, NICENESS) if sys.platform == "linux" else usual)):
-            assert {found for _, found in executor.stream(niceness, range(12), kind=kind)} == {nice}
         (pid,) = {found[2] for found in seen["network"] if found[1] == FIRST}
         os.kill(pid, signal.SIGKILL)
         until, pids = time.monotonic() + 60, {pid}

@@ -26,7 +26,7 @@ from .claims import bind, claimed
 from .clients import CPU, GPU, TASKS_PER_GPU, client_of, local_client, local_processes, remote_client
 from .cores import CORES
 from .errors import ClusterError, DeviceError, SettingsError
-from .machine import give_way, machine_memory, n_cores, peak_memory, resolve_device, usable_gpus
+from .machine import machine_memory, n_cores, peak_memory, resolve_device, usable_gpus
 from .malloc import give_back_freed_memory
 from .meters import Totals, measured
 from .tasks import Item, Pool, Tasks, Troubles, run_tasks
@@ -102,11 +102,8 @@ class _Call:
         from distributed import get_worker
 
         state = get_worker().state
-        resources = state.total_resources
         # A process that has a GPU and does the rest as well has more threads than cores, for they wait for the GPU.
-        CORES.resize(int(resources.get(CPU, state.nthreads)))
-        if CPU in resources and GPU not in resources:
-            give_way()  # to those who feed a GPU: they have little to do, and the GPU waits for it
+        CORES.resize(int(state.total_resources.get(CPU, state.nthreads)))
         if self.uses_gpu:
             bind()
         with claimed() if self.claims else contextlib.nullcontext():

@@ -17,21 +17,19 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .blend import add_tile, load_kernels
+from .blend import add_tile
 from .cluster import Executor, peak_memory
 from .cores import CORES
 from .frames import frame_region
 from .grid import Index, Lattice, Region, enclosing, region_shape, region_text, shift
 from .job import CELLPROB_FLOOR, N_OUTPUTS, Job, Sheet
 from .meters import meter, metered, note
-from .networks.batches import shortage_text, wake_gpu
-from .networks.models import Model
+from .networks.batches import shortage_text
 from .networks.runner import as_float16, load_network
 from .progress import Progress
 from .reach import Reach
@@ -39,16 +37,7 @@ from .store import Store
 from .tasks import Tasks
 from .working import pixels_to_read, read_tile
 
-__all__ = [
-    "PIXELS_AT_ONCE",
-    "begin_loading",
-    "compute_chunk",
-    "group_shape",
-    "n_inexact_tiles",
-    "process_block",
-    "run",
-    "tasks_of",
-]
+__all__ = ["PIXELS_AT_ONCE", "compute_chunk", "group_shape", "n_inexact_tiles", "process_block", "run", "tasks_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +49,6 @@ TILES_AT_ONCE = 64
 """Of a volume, that are worked on together."""
 SHORTAGE = "shortage.json"
 """What there is to say of batches that were halved."""
-
-
-def begin_loading(model: Model, device: str) -> None:
-    """Load network and kernels beside what else this process does; what goes wrong is said to whoever needs them."""
-    loader = ThreadPoolExecutor(3, "tiledseg-load")
-    loader.submit(load_network, model, device)
-    loader.submit(load_kernels)
-    if device == "cuda":
-        loader.submit(wake_gpu)
-    loader.shutdown(wait=False)
 
 
 @metered("blend")
@@ -120,9 +99,7 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
         outputs = _predict(job, sheet, frame, group)
         piece[(slice(None), *shift(part, tuple(p.start for p in whole)))] = process_block(outputs, lattice, part)
     with meter("write"):
-        # A whole chunk with all its axes is stored as it is; without those of length 1 zarr copies it first.
-        chunk_region = tuple(slice(i, i + 1) for i in index)
-        job.store.open(sheet.name)[chunk_region] = piece.reshape((*(1,) * len(index), *piece.shape))
+        job.store.open(sheet.name)[index] = piece
     note("n_tiles", len(wanted))
     note("n_skipped_tiles", len(tiles) - len(wanted))
     shortage = load_network(job.model, job.device).shortage if wanted else None

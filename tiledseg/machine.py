@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from .claims import visible_devices
 from .errors import DeviceError
 
-__all__ = ["give_way", "machine_memory", "n_cores", "peak_memory", "resolve_device", "usable_gpus"]
+__all__ = ["machine_memory", "n_cores", "peak_memory", "resolve_device", "usable_gpus"]
 
-NICENESS = 10
-"""Of threads that give way: of a core that two want they get a tenth."""
 PROC = Path("/proc")
 GROUPS = Path("/sys/fs/cgroup")
 
@@ -24,16 +21,10 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def give_way() -> None:
-    """Let this thread, and those that it starts, work on what cores others leave; for good, and on Linux alone, where
-    threads have a priority of their own."""
-    if sys.platform == "linux" and os.getpriority(os.PRIO_PROCESS, 0) < NICENESS:
-        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
-
-
 def peak_memory() -> tuple[int, int]:
     """Process id and the most memory in bytes this process ever had resident."""
     import resource
+    import sys
 
     status = Path("/proc/self/status")
     if status.exists():

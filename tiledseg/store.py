@@ -422,8 +422,12 @@ class _StoredArray:
             raise ScratchError(self._store.path, f"{self._name}/{failing[0]}", error) from error
 
     def __setitem__(self, region: Any, values: Any) -> None:
+        parts = region if isinstance(region, tuple) else (region,)
+        # With all its axes a whole chunk is stored as it is; where single indices leave some out, zarr copies it first.
+        single = [axis for axis, part in enumerate(parts) if not isinstance(part, slice)]
+        kept = tuple(part if isinstance(part, slice) else slice(part, part + 1) for part in parts)
         with CORES.lent():
-            self._written[region] = values
+            self._written[kept] = np.expand_dims(values, single) if np.ndim(values) else values
 
 
 def _bounds(region: Any, shape: tuple[int, ...]) -> list[slice | int]:

@@ -38,7 +38,7 @@ from ..gpu import GPU, is_out_of_memory
 from .models import POOLING, Model
 from .states import load_state
 
-__all__ = ["Passes", "fitting_batch", "free_memory", "shortage_text", "tile_memory", "wake_gpu"]
+__all__ = ["Passes", "fitting_batch", "free_memory", "shortage_text", "tile_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +84,6 @@ def free_memory() -> int | None:
         return None
     kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return int(torch.cuda.mem_get_info()[0]) + kept
-
-
-def wake_gpu() -> None:
-    """Start CUDA in this process and load the libraries that passes use; Python is free for most of that time."""
-    some = torch.zeros(1, 1, 8, 8, device="cuda")
-    torch.nn.functional.conv2d(some, some)
-    torch.mm(some[0, 0], some[0, 0])
 
 
 def fitting_batch(model: Model, n_bytes: int) -> int:
