@@ -13,7 +13,7 @@ __all__ = ["add_tile", "load_kernels"]
 
 
 @nb.njit(cache=True, nogil=True)
-def add_tile(output: Any, rows: Any, columns: Any, floor: Any, blended: Any, layer: int, top: int, left: int) -> None:
+def add_tile(output: Any, rows: Any, columns: Any, floor: Any, blended: Any, plane: int, top: int, left: int) -> None:
     """Add ``(values * rows) * columns`` of a tile to the blend, in float32 and in this order.
 
     Parameters
@@ -23,15 +23,15 @@ def add_tile(output: Any, rows: Any, columns: Any, floor: Any, blended: Any, lay
     rows, columns : array of float32, shape (b,)
         Weights along both axes.
     floor : float32
-    blended : array of float32, shape (3, layers, h, w)
+    blended : array of float32, shape (3, planes, h, w)
         Is added to, in C order.
-    layer, top, left : int
+    plane, top, left : int
         Where the tile lies in it.
     """
     last = output.shape[0] - 1
     for c in range(last + 1):
         for i in range(rows.size):
-            values, share, into = output[c, i], rows[i], blended[c, layer, top + i, left : left + columns.size]
+            values, share, into = output[c, i], rows[i], blended[c, plane, top + i, left : left + columns.size]
             if c < last:
                 for j in range(columns.size):
                     into[j] += values[j] * share * columns[j]
