@@ -123,6 +123,8 @@ def test_a_run_goes_on_in_the_precision_it_began_with(slide: Slide, tmp_path: Pa
     other = "bfloat16" if began == "float32" else "float32"
     with pytest.raises(SettingsError, match=f"precision was '{began}' and is now '{other}'"):
         tiledseg.segment(image, out, diameter=DIAMETER, precision=other)
+    anew = tiledseg.segment(image, out, diameter=DIAMETER, restart=True)
+    assert anew.report.model["precision"] == "float32"  # as this network has it where nobody says
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, "much"])

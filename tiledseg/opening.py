@@ -22,7 +22,6 @@ from .mask import Mask, open_mask
 from .networks.models import Model, find_model
 from .networks.runner import computes_in_bfloat16, precision_of
 from .segmenters import ALL_CHANNELS, Segmenter
-from .store import Store
 
 __all__ = ["Part", "check_geometry", "in_precision", "labeller_of", "model_of", "part_of"]
 
@@ -150,15 +149,13 @@ def model_of(settings: Settings) -> Model:
 
 
 def in_precision(
-    model: Model | Segmenter, settings: Settings, device: str, executor: Executor, store: Store
+    model: Model | Segmenter, settings: Settings, device: str, executor: Executor, began_with: str | None = None
 ) -> tuple[Model | Segmenter, Settings]:
-    """A network, and the settings, with the precision that all who work compute in."""
+    """A network, and the settings, with the precision that all compute in; a run goes on in what it began with."""
     if not isinstance(model, Model):
         return model, settings
     precision = settings.flows.precision
     if precision == "auto":
-        # A run that goes on elsewhere goes on in what it began with.
-        began_with = (store.read_json("run.json") or {}).get("settings", {}).get("precision")
         precision = began_with if began_with in PRECISIONS else "auto"
     what = "CPU" if device == "cpu" else "GPU"
     have = [it for it in executor.ask(functools.partial(computes_in_bfloat16, device)) if it is not None]

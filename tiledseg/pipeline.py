@@ -43,7 +43,17 @@ from .reach import in_order
 from .remote import Location
 from .repair import forget
 from .report import Report, report_of, write_report
-from .runs import Place, in_batches, is_shippable, labels_folder, place_of, reopen, scratch_of, shippable
+from .runs import (
+    Place,
+    in_batches,
+    is_shippable,
+    labels_folder,
+    place_of,
+    precision_begun_with,
+    reopen,
+    scratch_of,
+    shippable,
+)
 from .segmenters import segmenter_settings
 from .store import DiskStore, MemoryStore
 from .table import table_of
@@ -295,7 +305,8 @@ def segment(
     ):
         if segmenter is None:
             device = executor.device(device)
-            labeller, chosen = in_precision(labeller, chosen, device, executor, store)
+            began_with = None if restart else precision_begun_with(store)
+            labeller, chosen = in_precision(labeller, chosen, device, executor, began_with)
         job = Job(opened, inputs, chosen, labeller, device, store, mask=part.mask)
         preflight = Preflight(opened, inputs, chosen, labeller, place, executor.crew, device)
         given = chosen.survey.diameter_px(opened.spacing_um())
@@ -443,7 +454,7 @@ def estimate_diameter(
     inputs, model = labeller_of(opened, chosen)
     with connect(small=True) as executor, torch_threads_kept(), told(progress) as listener:
         device, store = executor.device(chosen.flows.device), MemoryStore()
-        model, chosen = in_precision(model, chosen, device, executor, store)
+        model, chosen = in_precision(model, chosen, device, executor)
         job = Job(opened, inputs, chosen, model, device, store, mask=part.mask)
         moments = survey.run(job, executor, Progress(listener)).moments
         moment = max(range(len(moments)), key=lambda i: moments[i].diameter.value)

@@ -48,6 +48,7 @@ __all__ = [
     "is_shippable",
     "labels_folder",
     "place_of",
+    "precision_begun_with",
     "reopen",
     "scratch_of",
     "shippable",
@@ -181,6 +182,13 @@ def reopen(job: Job, place: Place, restart: bool) -> str:
             "to discard it."
         )
     return str(record["id"])
+
+
+def precision_begun_with(store: Store) -> str | None:
+    """The precision of the run that a scratch holds, None if it holds none."""
+    record = store.read_json("run.json") or {}
+    precision: str | None = record.get("settings", {}).get("precision")
+    return precision
 
 
 def in_batches(job: Job, executor: Executor) -> Job:

@@ -320,7 +320,7 @@ def _prepared(part: Part, region: str | None, progress: Listener | bool | None) 
         store.begin()
         with connect(small=True) as executor, torch_threads_kept(), told(progress) as listener:
             device = executor.device(part.settings.flows.device)
-            model, chosen = in_precision(model, part.settings, device, executor, store)
+            model, chosen = in_precision(model, part.settings, device, executor)
             job = in_batches(Job(part.image, inputs, chosen, model, device, store, mask=part.mask), executor)
             where, shown = _region_of(job, region), Progress(listener)
             job = dataclasses.replace(job, surveyed=survey.run(job, executor, shown))
