@@ -1,19 +1,19 @@
-"""The attention of cpsam without its matrix of scores: what Cellpose's own forward pass gives."""
+"""cpsam, with attention without its matrix of scores: what Cellpose's own forward pass gives."""
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
 import pytest
 import torch
 
-from tiledseg.networks.attention import PositionedAttention, fuse_attention
+from tiledseg.networks.attention import PositionedAttention
+from tiledseg.networks.cpsam import CellposeSAM
 
 
 def small_cpsam(monkeypatch: pytest.MonkeyPatch, depth: int, n_heads: int = 16) -> tuple[Any, Any]:
-    """Cellpose's network with few of its 24 layers, or heads, and random weights; and the same with our attention."""
+    """Cellpose's network with few of its 24 layers, or heads, and random weights; and ours with the same."""
     from cellpose import vit
     from segment_anything.modeling.image_encoder import ImageEncoderViT
 
@@ -30,12 +30,16 @@ def small_cpsam(monkeypatch: pytest.MonkeyPatch, depth: int, n_heads: int = 16) 
     for name, values in encoder.named_parameters():
         if "pos" in name:  # nothing in a new network
             torch.nn.init.normal_(values, std=0.3)
+        elif ".norm" in name or ("neck" in name and values.ndim == 1):  # ones and zeros
+            values.data += 0.3 * torch.randn(values.shape)
     sam = torch.nn.Module()
     sam.image_encoder = encoder
     monkeypatch.setattr(vit, "sam_model_registry", {"vit_l": lambda _: sam})
     theirs = vit.CPSAM().eval()
-    ours = copy.deepcopy(theirs)
-    fuse_attention(ours)
+    state = theirs.state_dict()
+    ours = CellposeSAM({key: tuple(values.shape) for key, values in state.items()}).eval()
+    assert ours.load_state_dict(state, strict=False).missing_keys == []
+    ours.settle()
     return theirs, ours
 
 
@@ -63,6 +67,9 @@ def test_any_grid_and_size_of_head(grid: tuple[int, int], width: int, n_heads: i
     theirs = Attention(width, n_heads, use_rel_pos=True, input_size=(4, 4))
     for values in (theirs.rel_pos_h, theirs.rel_pos_w):
         torch.nn.init.normal_(values)
+    ours = PositionedAttention(width, n_heads, grid, (7, 7))
+    ours.load_state_dict(theirs.state_dict())
+    ours.settle()
     features = torch.randn(3, *grid, width)
     with torch.inference_mode():
-        torch.testing.assert_close(PositionedAttention(theirs, grid)(features), theirs(features))
+        torch.testing.assert_close(ours(features), theirs(features))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from tiledseg.errors import ModelError
+from tiledseg.networks.cpsam import CellposeSAM
 from tiledseg.networks.models import find_model
 from tiledseg.networks.runner import Network
 
@@ -42,24 +45,56 @@ def test_a_cpsam_file_gives_the_flows_it_gives_in_cellpose(tmp_path: Path) -> No
     assert np.ptp(output[2]) > 0.01
 
 
-def test_a_file_of_cellpose_4_that_lacks_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cellpose import vit
+def a_small_cpsam(n_blocks: int = 1, width: int = 8) -> CellposeSAM:
+    """cpsam with a few of its layers, and random weights."""
+    positions = dict.fromkeys(("attn.rel_pos_h", "attn.rel_pos_w"), (7, 4))
+    block = {**positions, "norm1.weight": (width,), "mlp.lin1.weight": (9, width)}
+    shapes = {
+        "W2": (12, 3, 2, 2),
+        "encoder.patch_embed.proj.weight": (width, 3, 2, 2),
+        "encoder.pos_embed": (1, 4, 4, width),
+        "encoder.neck.0.weight": (5, width, 1, 1),
+        "encoder.neck.2.weight": (5, 5, 3, 3),
+    }
+    for i in range(n_blocks):
+        shapes |= {f"encoder.blocks.{i}.{key}": shape for key, shape in block.items()}
+    return CellposeSAM(shapes)
 
-    class Small(torch.nn.Module):
-        """Stands for the network of 300 million weights, with a few of its layers."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.out = torch.nn.Linear(2, 2)
-            self.further = torch.nn.Linear(2, 2)
-            self.W2 = torch.nn.Parameter(torch.zeros(2))
+def wrong_file(lacks: str, has: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    state = a_small_cpsam().state_dict()
+    return {key: torch.zeros(has.get(key, tuple(values.shape))) for key, values in state.items() if key != lacks}
 
-    monkeypatch.setattr(vit, "CPSAM", Small)
-    state = Small().state_dict()
-    del state["further.weight"]
-    torch.save(state, tmp_path / "short")
-    with pytest.raises(ModelError, match=r"short does not fit the network cpsam .* among them further\.weight"):
+
+@pytest.mark.parametrize(
+    ("lacks", "has", "said"),
+    [
+        ("encoder.blocks.0.attn.qkv.bias", {}, r"1 layers are missing or unknown, among them .*\.qkv\.bias"),
+        ("encoder.blocks.0.attn.rel_pos_h", {}, r"layers are missing, among them .*\.rel_pos_h"),
+        ("encoder.pos_embed", {}, r"layers are missing, among them encoder\.pos_embed"),
+        ("", {"encoder.blocks.0.attn.rel_pos_h": (7, 0)}, r"its layers have other shapes"),
+        ("", {"encoder.pos_embed": (16, 8)}, r"its layers have other shapes"),
+        ("", {"out.bias": (13,)}, r"size mismatch for out\.bias"),
+    ],
+)
+def test_a_file_of_cellpose_4_with_other_layers_is_refused(
+    tmp_path: Path, lacks: str, has: dict[str, tuple[int, ...]], said: str
+) -> None:
+    torch.save(wrong_file(lacks, has), tmp_path / "short")
+    with pytest.raises(ModelError, match=f"short does not fit the network cpsam: {said}"):
         Network(find_model(str(tmp_path / "short")), "cpu")
+
+
+def test_cpsam_needs_neither_cellpose_nor_what_it_is_made_of(tmp_path: Path) -> None:
+    torch.save(a_small_cpsam(n_blocks=2).state_dict(), tmp_path / "small")
+    code = (
+        "import sys, torch; from tiledseg.networks.models import find_model;"
+        "from tiledseg.networks.transformer import transformer_of; torch.set_grad_enabled(False);"
+        f"out, style = transformer_of(find_model({str(tmp_path / 'small')!r})).eval()(torch.zeros(2, 3, 8, 8));"
+        "print(*out.shape, *style.shape, {'cellpose', 'segment_anything', 'torchvision'} & set(sys.modules))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "2 3 8 8 2 256 set()"
 
 
 def test_what_a_file_holds_is_read_off_its_layers(tmp_path: Path) -> None:

@@ -18,13 +18,11 @@ Transformers for Classification and Detection", CVPR, for the decomposed positio
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PositionedAttention", "fuse_attention"]
+__all__ = ["PositionedAttention"]
 
 WHOLE = 8
 """Entries of a head are filled up to a multiple of it, as fused kernels want it."""
@@ -35,33 +33,39 @@ class PositionedAttention(nn.Module):
 
     Parameters
     ----------
-    attention : Module
-        Of segment-anything, of which it takes the layers ``qkv`` and ``proj``, the number of heads, and the positions
-        ``rel_pos_h`` and ``rel_pos_w``.
+    width : int
+        Entries of a patch.
+    n_heads : int
     grid : (int, int)
         Rows and columns of patches in a tile.
+    n_stored : (int, int)
+        Distances along rows and columns for which the weights have positions.
     """
 
     distances: Tensor
     places: Tensor
 
-    def __init__(self, attention: Any, grid: tuple[int, int]) -> None:
+    def __init__(self, width: int, n_heads: int, grid: tuple[int, int], n_stored: tuple[int, int]) -> None:
         super().__init__()
-        rows, columns = self.grid = grid
-        self.qkv, self.proj = attention.qkv, attention.proj
-        self.n_heads: int = attention.num_heads
-        self.n_entries: int = attention.proj.in_features // self.n_heads
+        self.grid, self.n_heads, self.n_entries = grid, n_heads, width // n_heads
         self.scale: float = self.n_entries**-0.5
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.rel_pos_h, self.rel_pos_w = (nn.Parameter(torch.zeros(n, self.n_entries)) for n in n_stored)
+
+    def settle(self) -> None:
+        """Derive from the weights, once they are there, what is the same for all tiles."""
+        rows, columns = self.grid
         places = torch.cat([torch.eye(rows).repeat_interleave(columns, 0), torch.eye(columns).repeat(rows, 1)], 1)
         more = rows + columns - (self.n_entries + rows + columns) % -WHOLE
-        self.register_buffer("places", F.pad(places, (0, more - rows - columns)))
-        positions = (attention.rel_pos_h.detach(), attention.rel_pos_w.detach())
-        distances = torch.cat([_by_distance(of, n) for of, n in zip(positions, grid, strict=True)], 1)
+        self.register_buffer("places", F.pad(places, (0, more - rows - columns)), persistent=False)
+        positions = (self.rel_pos_h.detach(), self.rel_pos_w.detach())
+        distances = torch.cat([_by_distance(of, n) for of, n in zip(positions, self.grid, strict=True)], 1)
         # Queries are scaled before they are multiplied with it.
-        self.register_buffer("distances", F.pad(distances / self.scale, (0, -distances.shape[1] % WHOLE)))
+        filled_up = F.pad(distances / self.scale, (0, -distances.shape[1] % WHOLE))
+        self.register_buffer("distances", filled_up, persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Attend; without gradients.
+        """Attend, once `settle` was called; without gradients.
 
         Parameters
         ----------
@@ -122,22 +126,3 @@ def _by_distance(positions: Tensor, side: int) -> Tensor:
     if len(positions) != n_distances:
         positions = F.interpolate(positions.float().T[None], size=n_distances, mode="linear")[0].T
     return positions.flip(0).T
-
-
-def _in_order(_block: Any, given: tuple[Tensor]) -> tuple[Tensor]:
-    """Features in the order of their axes, as layers read them; otherwise each of them copies them first."""
-    return (given[0].contiguous(),)
-
-
-def fuse_attention(net: Any) -> None:
-    """Let a cpsam network attend without a matrix of scores, in place; outputs change by rounding only.
-
-    Parameters
-    ----------
-    net : Module
-        Of `cellpose.vit`. Its state can no longer be saved as a model file.
-    """
-    rows, columns = (int(n) for n in net.encoder.pos_embed.shape[1:3])
-    net.encoder.blocks[0].register_forward_pre_hook(_in_order)
-    for block in net.encoder.blocks:
-        block.attn = PositionedAttention(block.attn, (rows, columns))
