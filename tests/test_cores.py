@@ -173,6 +173,67 @@ def test_a_core_that_comes_free_joins() -> None:
     assert crowd.most == 2
 
 
+def test_a_core_that_comes_free_joins_while_a_piece_is_in_hand() -> None:
+    cores = Cores(2)
+    is_lent, others_are_done = threading.Event(), threading.Event()
+
+    def work(piece: int) -> str:
+        if piece == 0:
+            is_lent.set()
+            # Goes on once another thread has done all other pieces.
+            assert others_are_done.wait(10)
+        elif piece == 3:
+            others_are_done.set()
+        return threading.current_thread().name
+
+    def lend() -> None:
+        with cores.task():
+            begun.set()
+            assert is_lent.wait(10)
+            with cores.lent():
+                assert others_are_done.wait(10)
+
+    begun = threading.Event()
+    other = threading.Thread(target=lend)
+    other.start()
+    assert begun.wait(10)
+    with cores.task():
+        first, *others = cores.run(work, range(4))
+    other.join()
+    assert first not in others
+    assert len(set(others)) == 1
+
+
+def test_who_waits_for_its_helpers_lends_its_core() -> None:
+    cores = Cores(3)
+    last_is_in_hand, is_helped = threading.Event(), threading.Event()
+
+    def wait(_piece: int) -> None:
+        if threading.current_thread() is not owner:
+            last_is_in_hand.set()
+            assert is_helped.wait(10)
+        else:
+            assert last_is_in_hand.wait(10)
+
+    def own() -> None:
+        with cores.task():
+            cores.run(wait, range(2))
+
+    def work(piece: int) -> str:
+        if piece == 0:
+            assert is_helped.wait(10)
+        is_helped.set()
+        return threading.current_thread().name
+
+    owner = threading.Thread(target=own)
+    with cores.task():
+        owner.start()
+        assert last_is_in_hand.wait(10)
+        # All three are at work: here, for the other task, and as its helper. Then its owner waits for that one.
+        assert len(set(cores.run(work, range(2)))) == 2
+    owner.join()
+
+
 def test_what_was_worked_on_is_free_at_once() -> None:
     """No cycle of references holds a block's arrays until the garbage collector comes by."""
 

@@ -32,6 +32,7 @@ class Cores:
         self._lock = threading.Lock()
         self._n_cores = self._n_free = n_cores
         self._helpers: ThreadPoolExecutor | None = None
+        self._under_way: list[_Todo] = []
         self._mine = threading.local()
 
     def resize(self, n_cores: int) -> None:
@@ -45,15 +46,13 @@ class Cores:
     @contextlib.contextmanager
     def task(self) -> Iterator[None]:
         """Take a core while a task runs, from a borrower if there is none left."""
-        with self._lock:
-            self._n_free -= 1
+        self._take()
         self._mine.is_held = True
         try:
             yield
         finally:
             self._mine.is_held = False
-            with self._lock:
-                self._n_free += 1
+            self._give()
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
@@ -62,29 +61,32 @@ class Cores:
             yield
             return
         self._mine.is_held = False
-        with self._lock:
-            self._n_free += 1
+        self._give()
         try:
             yield
         finally:
-            with self._lock:
-                self._n_free -= 1
+            self._take()
             self._mine.is_held = True
 
     def run(self, function: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
-        """``[function(piece) for piece in pieces]`` on this thread and as many as are free.
+        """``[function(piece) for piece in pieces]`` on this thread and as many as are free, at once or meanwhile.
 
         Called within :meth:`task`. The function must release the GIL, and what it does for one
-        piece must not depend on the others. Cores that come free meanwhile join before the next piece.
+        piece must not depend on the others.
         """
-        todo = _Todo(function, pieces)
-        borrowed = self._borrow(todo)
+        todo = _Todo(function, pieces, carried(self._help))
+        with self._lock:
+            self._under_way.append(todo)
+            self._hand_out()
         try:
             while todo.do_next():
-                borrowed += self._borrow(todo)
+                pass
         finally:
+            with self._lock:
+                self._under_way.remove(todo)
             # Also after an error: nothing may still write to the caller's arrays.
-            errors = [future.exception() for future in borrowed]
+            with self.lent():
+                errors = [future.exception() for future in todo.helpers]
         for error in errors:
             if error is not None:
                 raise error
@@ -96,27 +98,38 @@ class Cores:
             while self._n_free >= 0 and todo.do_next():
                 pass
         finally:
-            with self._lock:
-                self._n_free += 1
+            self._give()
 
-    def _borrow(self, todo: _Todo) -> list[Future[None]]:
-        """Start a helper on every free core."""
+    def _take(self) -> None:
         with self._lock:
-            n_borrowed = max(0, self._n_free)
-            self._n_free -= n_borrowed
-            if n_borrowed and self._helpers is None:
-                self._helpers = ThreadPoolExecutor(self._n_cores, thread_name_prefix="tiledseg-helper")
-            helpers = self._helpers
-        if helpers is None:
-            return []
-        return [helpers.submit(carried(self._help), todo) for _ in range(n_borrowed)]
+            self._n_free -= 1
+
+    def _give(self) -> None:
+        """A core is free: who has pieces left gets it."""
+        with self._lock:
+            self._n_free += 1
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Start helpers on the cores that are free, for those who have pieces left; called with the lock."""
+        for todo in self._under_way:
+            while self._n_free > 0 and not todo.is_empty:
+                self._n_free -= 1
+                if self._helpers is None:
+                    self._helpers = ThreadPoolExecutor(self._n_cores, thread_name_prefix="tiledseg-helper")
+                todo.helpers.append(self._helpers.submit(todo.help_with, todo))
 
 
 class _Todo:
     """Pieces that several threads take from, and what came of them."""
 
-    def __init__(self, function: Callable[[Any], Any], pieces: Iterable[Any]) -> None:
+    def __init__(
+        self, function: Callable[[Any], Any], pieces: Iterable[Any], help_with: Callable[[_Todo], None]
+    ) -> None:
         self.results: dict[int, Any] = {}
+        self.help_with = help_with
+        self.helpers: list[Future[None]] = []
+        self.is_empty = False
         self._function = function
         self._queue = iter(enumerate(pieces))
         self._taking = threading.Lock()
@@ -125,6 +138,7 @@ class _Todo:
         """Do a piece on this thread; whether there was one."""
         with self._taking:
             number, piece = next(self._queue, (-1, None))
+            self.is_empty = number < 0
         if number < 0:
             return False
         self.results[number] = self._function(piece)
