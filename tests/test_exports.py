@@ -352,12 +352,15 @@ def test_labels_may_be_stored_in_another_way_later(tmp_path: Path, monkeypatch: 
     assert second.table.equals(rows)
 
 
+@pytest.mark.parametrize("region", [8, 16, 32, 64])
 @pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("shape", [(61, 77), (9, 37, 50)])
 def test_every_id_of_a_level_is_that_of_the_level_below_at_that_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], shard: bool, region: int
 ) -> None:
-    small_regions(monkeypatch, 16, 8)
-    published(tmp_path, drawn_labels((9, 37, 50)), "zyx", do_3d=True, shard=shard)
+    """Levels are written with the one before, two or three at a time or each by itself, as regions and files allow."""
+    small_regions(monkeypatch, region, 8)
+    published(tmp_path, drawn_labels(shape), "zyx"[-len(shape) :], do_3d=len(shape) == 3, shard=shard)
     group = zarr.open_group(tmp_path / "out.ome.zarr/labels/cells", mode="r")
     levels = [group[str(i)][...] for i in range(len(list(group.array_keys())))]
     assert len(levels) > 3

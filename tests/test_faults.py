@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import zarr
 
 import tiledseg
 from tiledseg.errors import ClusterError, ImageError, OutputError, QuarantineError, ScratchError, TiledsegError
@@ -459,19 +460,25 @@ def test_a_damaged_file_of_the_scratch_is_named_and_its_piece_computed_again(
 
 
 def test_labels_that_are_damaged_before_their_pyramid_is_made_are_published_again(
-    pictures: npt.NDArray[np.uint16], folder: Path, undisturbed: Undisturbed
+    pictures: npt.NDArray[np.uint16], folder: Path
 ) -> None:
     scene = Scene(folder / "out.ome.zarr", folder, True)
-    write_image(scene.image, pictures, axes="tyx", n_levels=2)
-    scene.run_until("publish", 1)
+    # Of so many rows level 2 is one file, and made from level 1 when two tasks have written it.
+    rows = np.resize(pictures.reshape(-1, pictures.shape[-1]), (2100, pictures.shape[-1]))
+    write_image(scene.image, rows, axes="yx", n_levels=3)
+    scene.run_until("publish", 2)
     labels = scene.output / "labels" / "cells"
-    sabotage.cut(labels / "0" / "c" / "2" / "0" / "0")
-    with pytest.raises(OutputError, match=rf"chunk c/2/0/0 of {labels}/0 is damaged .*; delete {labels}, then run"):
+    expected = zarr.open_array(labels / "0", mode="r")[:]
+    sabotage.cut(labels / "1" / "c" / "1" / "0")
+    with pytest.raises(OutputError, match=rf"chunk c/1/0 of {labels}/1 is damaged .*; delete {labels}, then run"):
         scene.run()
     shutil.rmtree(labels)
     found = scene.run()
     assert found.report.computed["masks"] == found.report.computed["stitch"] == 0
-    assert np.array_equal(found.labels.compute(), undisturbed(scene).labels.compute())
+    assert found.report.computed["publish"] == 3
+    for level in range(3):
+        shown = zarr.open_array(labels / str(level), mode="r")[:]
+        assert np.array_equal(shown, expected[:: 2**level, :: 2**level])
 
 
 def test_what_killed_writers_left_is_swept(image_path: Path, folder: Path, undisturbed: Undisturbed) -> None:

@@ -22,7 +22,7 @@ from tiledseg.volumes import label_volume, render_volume
 
 SETTINGS: dict[str, Any] = {"diameter": 12.0, "block": 128}
 IN_3D: dict[str, Any] = {"diameter": 20.0, "block": 40, "do_3d": True}
-STAGES = ["flows.journal", "masks-*/masks.journal", "masks-*/seams.journal", "masks-*/publish-0.journal"]
+STAGES = ["flows.journal", "masks-*/masks.journal", "masks-*/seams.journal", "masks-*/publish-levels-0.journal"]
 
 
 @pytest.fixture(scope="module")

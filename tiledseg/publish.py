@@ -7,8 +7,9 @@ Writes
     in it, and of the shapes of objects that begin in it if they are asked for; then the table. Metadata come last:
     labels are listed only when they are complete. What else is asked for is made from these.
 Parallel over
-    Regions of whole storage chunks, or whole shards, so that no file is ever written by two tasks. Table and other
-    files are one task each, whose memory does not grow with the number of objects.
+    Regions of whole storage chunks, or whole shards, so that no file is ever written by two tasks; of as many levels
+    at once as that holds for, since what is read of a level to make the next costs more than to write it. Table and
+    other files are one task each, whose memory does not grow with the number of objects.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +28,13 @@ from .cluster import Executor, peak_memory
 from .exports import BESIDE_TABLE, WRITERS, Result
 from .features import LARGEST_BOX, feature_names, shape_features
 from .frames import read_channels
-from .grid import Region, overlap, region_shape, region_text, shift
+from .grid import Index, Region, overlap, region_shape, region_text, shift
 from .images import open_image
 from .job import Job
 from .meters import meter, metered
 from .objects import measure_objects
 from .objects_at import ObjectTable, windows_of
-from .omezarr import finish_labels, read_level
+from .omezarr import finish_labels, level_array, read_level
 from .progress import Progress
 from .regions import level_of, parts_of, regions_of
 from .remote import Location, location
@@ -79,8 +80,8 @@ def process_block(
     return measured
 
 
-def paint_region(position: int, job: Job) -> dict[str, Any]:
-    """Task: write one region of level 0 and measure the objects in it; of a shard part after part."""
+def paint_region(position: int, job: Job, n_levels: int = 1) -> dict[str, Any]:
+    """Task: write one region of the first levels and measure the objects in it; of a shard part after part."""
     array, regions, sides = level_of(job, 0)
     region = regions[position]
     corner = tuple(p.start for p in region)
@@ -93,6 +94,7 @@ def paint_region(position: int, job: Job) -> dict[str, Any]:
         measured.append(process_block(local, intensities, ids, tuple(p.start for p in part)))
     with meter("write"):
         array[region] = painted
+    _write_coarser(job, range(n_levels), region, painted)
     rows = np.concatenate(measured)
     job.store.save(f"{job.labels}/measured/{position}", rows[np.argsort(rows[:, 0], kind="stable")])
     return {"peak": peak_memory()}
@@ -117,13 +119,13 @@ def _region_labels(job: Job, region: Region) -> tuple[npt.NDArray[np.int32], npt
     return labels, known
 
 
-def shrink_region(position: int, job: Job, level: int) -> dict[str, Any]:
-    """Task: write one region of a pyramid level: every second pixel of the level below."""
+def shrink_region(position: int, job: Job, level: int, n_levels: int) -> dict[str, Any]:
+    """Task: write one region of a pyramid level, and of those above it: every second pixel of the level below."""
     if job.plan is None:
         raise RuntimeError("labels in memory have no pyramid")
     array, regions, sides = level_of(job, level)
     region, finer = regions[position], job.plan.level_shape(level - 1)
-    steps = [-(-a // b) for a, b in zip(finer, array.shape, strict=True)]
+    steps = _steps(finer, array.shape)
     corner = tuple(p.start for p in region)
     shown = np.empty(region_shape(region), np.uint32)
     for part in parts_of(region, sides):
@@ -133,7 +135,47 @@ def shrink_region(position: int, job: Job, level: int) -> dict[str, Any]:
         shown[shift(part, corner)] = pixels[tuple(slice(None, None, s) for s in steps)]
     with meter("write"):
         array[region] = shown
+    _write_coarser(job, range(level, level + n_levels), region, shown)
     return {"peak": peak_memory()}
+
+
+def _write_coarser(job: Job, levels: range, region: Region, pixels: npt.NDArray[np.uint32]) -> None:
+    """Write what a region of the first of some levels is in the others: files of its own, see `_levels_together`."""
+    if job.plan is None:
+        return
+    for level in levels[1:]:
+        finer, array = job.plan.level_shape(level - 1), level_array(job.plan, level)
+        steps = _steps(finer, array.shape)
+        region = tuple(slice(p.start // s, -(-p.stop // s)) for p, s in zip(region, steps, strict=True))
+        pixels = pixels[tuple(slice(None, None, s) for s in steps)]
+        with meter("write"):
+            array[region] = pixels
+
+
+def _steps(finer: Index, coarser: Index) -> Index:
+    """Pixels of a level for one of the next, per axis."""
+    return tuple(-(-a // b) for a, b in zip(finer, coarser, strict=True))
+
+
+def _levels_together(job: Job) -> Iterator[range]:
+    """Levels whose regions the same tasks write, the finest first: those in which its regions are whole files."""
+    if job.plan is None:
+        yield range(1)
+        return
+    arrays = [level_array(job.plan, level) for level in range(job.plan.n_levels)]
+    first = 0
+    while first < len(arrays):
+        shape, sides = arrays[first].shape, arrays[first].shards or level_of(job, first)[2]
+        stop, factors = first + 1, (1,) * len(shape)
+        while stop < len(arrays):
+            coarser, steps = arrays[stop], _steps(arrays[stop - 1].shape, arrays[stop].shape)
+            factors = tuple(a * b for a, b in zip(factors, steps, strict=True))
+            in_file = tuple(a * b for a, b in zip(factors, coarser.shards or coarser.chunks, strict=True))
+            if any(side < n and side % own for side, n, own in zip(sides, shape, in_file, strict=True)):
+                break
+            stop += 1
+        yield range(first, stop)
+        first = stop
 
 
 def describe_region(position: int, job: Job) -> dict[str, Any]:
@@ -221,11 +263,11 @@ def _where(regions: list[Region], job: Job, level: int, position: int) -> str:
 
 def run(job: Job, executor: Executor, progress: Progress) -> None:
     """Write what is missing of the labels, the pyramid, the table, what else is asked for, and the metadata."""
-    n_levels = 1 if job.plan is None else job.plan.n_levels
     pieces: list[_Pieces] = []
-    for level in range(n_levels):
-        task, args = (paint_region, ()) if level == 0 else (shrink_region, (level,))
-        pieces.append(_Pieces(f"publish-{level}", task, args, level_of(job, level)[1], level))
+    for levels in _levels_together(job):
+        first, n_levels = levels[0], len(levels)
+        task, args = (shrink_region, (first, n_levels)) if first else (paint_region, (n_levels,))
+        pieces.append(_Pieces(f"publish-levels-{first}", task, args, level_of(job, first)[1], first))
     shapes = _Pieces("publish-shapes", describe_region, (), _feature_regions(job), 0)
     has_features = job.settings.publish.features
     every = [*pieces, shapes] if has_features else pieces

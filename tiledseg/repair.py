@@ -26,7 +26,7 @@ STAGES = {
     "sizes": "masks",
     "pairs": "seams",
     "agreement": "seams",
-    "measured": "publish-0",
+    "measured": "publish-levels-0",
 }
 """Of a folder of arrays, one for each piece, the stage that writes them."""
 CHUNK = re.compile(r"/c[./](\d+(?:[./]\d+)*)$")
