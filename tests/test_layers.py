@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "tiledseg"
 
 ROWS = [
     {"addresses", "bars", "displayed", "errors", "meters", "waiting", "images.units"},
-    {"disk", "images.damage", "images.display"},
+    {"disk", "images.damage", "images.display", "images.recent"},
     {"folders", "lock"},
     {
         "axes",

@@ -82,11 +82,9 @@ class Crew:
 
 def _run_task(function: Function, item: Item, *args: Any) -> Any:
     """Run a task on a core that it takes for itself; its result comes with what it cost, for `Totals.take`."""
-    try:
-        with CORES.task():
-            return measured(function, item, *args)
-    finally:
-        give_back_freed_memory()
+    give_back_freed_memory(getattr(function, "__qualname__", ""))
+    with CORES.task():
+        return measured(function, item, *args)
 
 
 @dataclass(frozen=True, eq=False)
@@ -499,6 +497,7 @@ def connect(
         elif scheduler is not None:
             yield DaskExecutor(stack.enter_context(remote_client(scheduler, security)))
         elif _stays_here(workers, device, small):
+            stack.callback(give_back_freed_memory, "what comes after the run")
             yield ThreadExecutor(n_cores())
         else:
             yield DaskExecutor(stack.enter_context(local_client(local_processes(workers, device))), has_dashboard=False)

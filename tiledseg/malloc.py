@@ -1,8 +1,8 @@
 """What glibc's memory allocator does with freed memory; nothing happens where there is another one.
 
 Left alone it gives memory back to the system in the middle of a network, which takes it again at the next layer, and
-keeps what a task freed in every thread it ran on, so that a worker grows with the tasks it has done. So: kept within
-a task, given back after it, but not after every one of many short ones: the next takes it again, page by page.
+keeps what a task freed in every thread it ran on, so that a worker grows with the tasks it has done. So: kept from
+one task to the next of the same kind, which takes it again, and given back before one of another kind.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ M_MMAP_THRESHOLD = -3
 
 MIB = 2**20
 SECONDS_BETWEEN = 1.0
+"""At least, where kinds of tasks take turns: to take memory again costs a few milliseconds for each 10 MiB."""
+SECONDS_AT_MOST = 10.0
+"""Also of one kind tasks differ."""
 
 
 @functools.cache
@@ -43,25 +46,31 @@ def keep_freed_memory() -> None:
 
 
 class _Clock:
-    """When memory was last given back."""
+    """When memory was last given back, and before which kind of task."""
 
     def __init__(self) -> None:
-        self._lock, self._at = threading.Lock(), -SECONDS_BETWEEN
+        self._lock, self._at, self._kind = threading.Lock(), -SECONDS_AT_MOST, ""
 
-    def is_due(self) -> bool:
+    def is_due(self, kind: str) -> bool:
         """Whether it is time again; if so, the time counts from now."""
         with self._lock:
             now = time.monotonic()
-            if now - self._at < SECONDS_BETWEEN:
+            if now - self._at < (SECONDS_AT_MOST if kind == self._kind else SECONDS_BETWEEN):
                 return False
-            self._at = now
+            self._at, self._kind = now, kind
             return True
 
 
 _clock = _Clock()
 
 
-def give_back_freed_memory() -> None:
-    """Give all that is free back to the system, if that was not done within the last second."""
-    if _glibc() is not None and _clock.is_due():
+def give_back_freed_memory(kind: str) -> None:
+    """Give all that is free back to the system before a task begins, unless the next of the same kind takes it again.
+
+    Parameters
+    ----------
+    kind : str
+        Of the task.
+    """
+    if _glibc() is not None and _clock.is_due(kind):
         _glibc().malloc_trim(0)

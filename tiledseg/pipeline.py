@@ -307,7 +307,7 @@ def segment(
             device = executor.device(device)
             began_with = None if restart else precision_begun_with(store)
             labeller, chosen = in_precision(labeller, chosen, device, executor, began_with)
-        job = Job(opened, inputs, chosen, labeller, device, store, mask=part.mask)
+        job = Job(opened.for_a_run(), inputs, chosen, labeller, device, store, mask=part.mask)
         preflight = Preflight(opened, inputs, chosen, labeller, place, executor.crew, device)
         given = chosen.survey.diameter_px(opened.spacing_um())
         preflight.settled(given).check(given)
@@ -330,6 +330,7 @@ def segment(
             report = report_of(job, executor, ledger, facts, parameters, part.pixel, place.scratch)
         path = None if place.plan is None else place.plan.path
         page = write_report(report, job, {"labels": str(path), "table": str(place.table)})
+        job = dataclasses.replace(job, image=dataclasses.replace(job.image, recent=None))
         return Segmentation(report, path, place.table, page, job, part)
 
 

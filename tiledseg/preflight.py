@@ -26,7 +26,7 @@ from .errors import OutputError, SettingsError
 from .flows import PIXELS_AT_ONCE, group_shape
 from .frames import Extent, anisotropy_of, extent_of, label_axes, label_shape
 from .grid import BlockGrid, Index, WorkingGrid
-from .images import Image
+from .images import RECENT_BYTES, Image
 from .inputs import Input, channels_of
 from .job import N_OUTPUTS, Sheet, block_of, grid_of, halo_of, sheets_of
 from .networks.batches import tile_memory
@@ -226,7 +226,7 @@ class Preflight:
                 disk += 2 * math.prod(sheet.array_shape)
         labels = 4 * blocks.n_blocks * math.prod(blocks.padded_shape)
         on_disk = self.place.scratch is not None
-        process = PROCESS_BYTES + (CUDA_BYTES if self.device == "cuda" else 0) + self._loading_bytes()
+        process = PROCESS_BYTES + RECENT_BYTES + (CUDA_BYTES if self.device == "cuda" else 0) + self._loading_bytes()
         return Needs(
             diameter=diameter,
             halo=blocks.halo[-1],

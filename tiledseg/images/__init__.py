@@ -17,9 +17,11 @@ from ..errors import ImageError
 from ..remote import location
 from .assembly import StoredLevel, UnnamedAxesError, assemble_image, check_array, given_axes
 from .image import Image, Level, MemorySource, Source
+from .recent import RECENT_BYTES
 from .view import at_level, at_region, parse_region
 
 __all__ = [
+    "RECENT_BYTES",
     "Image",
     "Level",
     "MemorySource",

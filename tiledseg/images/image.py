@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -23,6 +23,7 @@ from ..remote import Location, absent
 from ..waiting import is_stored
 from .damage import BAD_FILE, failing_chunks, stored_keys, torn_chunks
 from .display import Display
+from .recent import RecentChunks
 from .units import MICROMETERS
 
 __all__ = ["DROPPED", "Image", "Level", "MemorySource", "Source", "listed_names"]
@@ -96,6 +97,8 @@ class Image(Displayed):
     """How each channel is shown, empty if the file does not say."""
     within: tuple[tuple[float, float], ...] = ()
     """Per axis where pixel 0 begins and how wide a pixel is, in pixels of the full-size image; empty for all of it."""
+    recent: RecentChunks | None = field(default=None, compare=False)
+    """What was read lately, for a run, during which images do not change."""
 
     def __repr__(self) -> str:
         sides = " x ".join(map(str, self.shape))
@@ -141,6 +144,10 @@ class Image(Displayed):
     def is_shippable(self) -> bool:
         """Whether another process can open it; an array in memory cannot be."""
         return not isinstance(self.source, MemorySource)
+
+    def for_a_run(self) -> Image:
+        """The same image, which remembers what was read lately: it must not change meanwhile."""
+        return replace(self, recent=RecentChunks())
 
     def spacing_um(self) -> tuple[float, ...] | None:
         """Size of a level-0 pixel in micrometres per spatial axis, None unless all are known."""
@@ -198,7 +205,9 @@ class Image(Displayed):
             self._raise_corrupt(level, bounds, torn, "the stored file is cut short", None)
         try:
             with self._reached(level), CORES.lent():
-                pixels = array[selection]
+                recent = self.recent if hasattr(array, "metadata") else None
+                path = self.levels[level].path
+                pixels: Any = array[selection] if recent is None else recent.read(array, path, selection)
             if hasattr(pixels, "__dask_graph__"):
                 pixels = pixels.compute(scheduler="threads")
         except BAD_FILE as error:
