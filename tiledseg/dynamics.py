@@ -36,7 +36,7 @@ from .cores import ALONE, Cores
 from .errors import SettingsError
 from .heat import flow_errors, label_flows
 from .meters import metered
-from .objects import fill_holes, measure_objects, object_extents, renumber
+from .objects import fill_holes, first_pixels, look_up, measure_objects, object_extents, renumber
 from .particles import follow_flows
 
 __all__ = ["compute_masks", "find_sinks", "finish_masks", "gather_pixels", "grow_sinks", "warm_up"]
@@ -324,4 +324,5 @@ def warm_up(ndim: int = 2) -> None:
     flows = label_flows(labels)
     compute_masks(flows, labels.astype(np.float32), min_size=1)
     load_kernels()
+    look_up(first_pixels(labels, 1).astype(np.int32), labels)
     measure_objects(labels, labels[None], np.arange(2))  # of two: a table of one row lies otherwise in memory

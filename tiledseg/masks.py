@@ -42,6 +42,7 @@ from .inputs import channels_of
 from .job import CELLPROB_FLOOR, Job, has_size_limits
 from .links import link_planes
 from .meters import meter, metered
+from .objects import first_pixels, look_up
 from .progress import Progress
 from .reach import SMOOTHING_REACH, grown_blocks, smoothing, smoothing_reach
 from .segmenters import Segmenter, drop_small
@@ -251,12 +252,11 @@ def _cut_by_halo(labels: Any, block: Block, shape: Index, n_frames: int) -> npt.
             edges.append(labels.take(0, axis=axis).ravel())
         if part.stop < n:
             edges.append(labels.take(-1, axis=axis).ravel())
-    is_at_edge = np.zeros(int(labels.max(initial=0)) + 1, np.bool_)
+    n_labels = int(labels.max(initial=0))
+    is_at_edge = np.zeros(n_labels + 1, np.bool_)
     for edge in edges:
         is_at_edge[edge] = True
-    is_at_edge[0] = False
-    core = labels[block.core_in_padded[n_frames:]]
-    return np.unique(core[is_at_edge[core]])
+    return np.flatnonzero(is_at_edge & (first_pixels(labels[block.core_in_padded[n_frames:]], n_labels) >= 0))
 
 
 def _planes_of(block: Block, axis: int) -> Iterator[Block]:
@@ -362,10 +362,7 @@ def _keep_core_objects(
     What is linked to one of them is kept as well, after them and with position -1. With them the links that are left.
     """
     core = labels[block.core_in_padded]
-    pixels = np.flatnonzero(core)
-    first_of = np.full(int(labels.max()) + 1, -1, np.int64)
-    # Of equal indices the last assignment stays: backwards, that is the first pixel.
-    first_of[core.ravel()[pixels[::-1]]] = pixels[::-1]
+    first_of = first_pixels(core, int(labels.max()))
     present = np.flatnonzero(first_of >= 0)
     order = present[np.argsort(first_of[present])]
     links = links[(first_of[links] >= 0).any(axis=1)]
@@ -374,7 +371,7 @@ def _keep_core_objects(
     table[np.concatenate([order, beside])] = np.arange(1, order.size + beside.size + 1, dtype=np.uint32)
     inside = np.unravel_index(first_of[order], core.shape)
     position = np.ravel_multi_index(tuple(i + p.start for i, p in zip(inside, block.core, strict=True)), shape)
-    return table[labels], np.concatenate([position, np.full(beside.size, -1)]).astype(np.int64), table[links]
+    return look_up(table, labels), np.concatenate([position, np.full(beside.size, -1)]).astype(np.int64), table[links]
 
 
 def tasks_of(job: Job, progress: Progress, begin: Callable[[], None] = lambda: None) -> Tasks:

@@ -19,7 +19,9 @@ __all__ = [
     "N_INTENSITIES",
     "box_pixels",
     "fill_holes",
+    "first_pixels",
     "flat_steps",
+    "look_up",
     "measure_objects",
     "object_boxes",
     "object_extents",
@@ -180,6 +182,73 @@ def _renumber(flat: Any, is_kept: Any, result: Any) -> None:
             result[i] = numbers[label]
         else:
             result[i] = 0
+
+
+def look_up(table: IntArray, labels: IntArray) -> Any:
+    """``table[labels]``, several times as fast.
+
+    Parameters
+    ----------
+    table : array of int32 or uint32, shape (n + 1,)
+    labels : array of int32 or uint32, shape (*spatial)
+        Labels 0..n.
+
+    Returns
+    -------
+    values : array of the dtype of `table`, shape (*spatial)
+
+    Raises
+    ------
+    IndexError
+        If there is a label above n.
+    """
+    values = np.empty(labels.shape, table.dtype)
+    largest = _look_up(_flat(table), _flat(labels), _flat(values))
+    if largest >= table.size:
+        raise IndexError(f"label {largest} has no entry in a table of {table.size}")
+    return values
+
+
+@_jit
+def _look_up(table: Any, flat: Any, values: Any) -> int:
+    """The largest label, if it is found to be too large nothing is looked up any more."""
+    for i in range(flat.size):
+        if flat[i] >= table.size:
+            return int(flat[i])
+        values[i] = table[flat[i]]
+    return -1
+
+
+def first_pixels(labels: IntArray, n_labels: int) -> npt.NDArray[np.int64]:
+    """Where each label occurs first.
+
+    Parameters
+    ----------
+    labels : array of int32 or uint32, shape (*spatial)
+        Labels 0..n.
+    n_labels : int
+        n.
+
+    Returns
+    -------
+    first : array of int64, shape (n + 1,)
+        Flat index of the first pixel in raster order of each label; -1 for those that do not occur, and for 0.
+    """
+    first = np.full(n_labels + 1, -1, np.int64)
+    _first_pixels(_flat(labels), first)
+    return first
+
+
+@_jit
+def _first_pixels(flat: Any, first: Any) -> None:
+    for i in range(flat.size):
+        if flat[i] > 0 and first[flat[i]] < 0:
+            first[flat[i]] = i
+
+
+def _flat(values: IntArray) -> npt.NDArray[np.uint32]:
+    """In a row, for kernels that are compiled once; not negative."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint32)
 
 
 def fill_holes(labels: Labels, cores: Cores = ALONE) -> Labels:

@@ -32,7 +32,7 @@ from .grid import Index, Region, overlap, region_shape, region_text, shift
 from .images import open_image
 from .job import Job
 from .meters import meter, metered
-from .objects import measure_objects
+from .objects import look_up, measure_objects
 from .objects_at import ObjectTable, windows_of
 from .omezarr import finish_labels, level_array, read_level
 from .progress import Progress
@@ -90,7 +90,7 @@ def paint_region(position: int, job: Job, n_levels: int = 1) -> dict[str, Any]:
     for part in parts_of(region, sides):
         local, ids = _region_labels(job, part)
         intensities = read_channels(job.image, part) if ids.size else np.zeros((job.image.n_channels, *local.shape))
-        painted[shift(part, corner)] = np.concatenate([np.zeros(1, np.uint32), ids])[local]
+        painted[shift(part, corner)] = look_up(np.concatenate([np.zeros(1, np.uint32), ids]), local)
         measured.append(process_block(local, intensities, ids, tuple(p.start for p in part)))
     with meter("write"):
         array[region] = painted
@@ -115,7 +115,8 @@ def _region_labels(job: Job, region: Region) -> tuple[npt.NDArray[np.int32], npt
             continue
         local = source[(number, *shift(shared, tuple(p.start for p in block.padded)))]
         numbers = np.where(ids > 0, np.searchsorted(known, ids) + 1, 0).astype(np.int32)
-        labels[shift(shared, tuple(p.start for p in region))] = np.concatenate([np.zeros(1, np.int32), numbers])[local]
+        inside = shift(shared, tuple(p.start for p in region))
+        labels[inside] = look_up(np.concatenate([np.zeros(1, np.int32), numbers]), local)
     return labels, known
 
 
