@@ -33,8 +33,9 @@ from .inputs import channels_of
 from .job import Diameter, Job, Moment, Surveyed
 from .meters import metered
 from .normalisation import CELL, PITCH, SAMPLES_PER_CELL, percentiles_of, range_map, sample_cells
+from .pool import box_moments
 from .progress import Progress
-from .working import box_mean, finite_float
+from .working import finite_float
 
 __all__ = ["process_block", "region_to_survey", "run"]
 
@@ -75,8 +76,7 @@ def process_block(values: FloatArray, core: Region) -> FloatArray:
 
     # Variance from squares needs values near 0: a camera's offset would eat the bits of the noise.
     middle = np.float32(values.mean(dtype=np.float64))
-    centred = box_mean(values - middle, (POOL,) * values.ndim)
-    squares = box_mean(np.square(values - middle), (POOL,) * values.ndim)
+    centred, squares = box_moments(values, middle, POOL)
     noise = np.sqrt(np.maximum(squares - centred * centred, 0))
     pooled = centred + middle
     smooth = gaussian_filter(pooled, 1.0, mode="nearest")
