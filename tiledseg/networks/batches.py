@@ -49,8 +49,8 @@ Results = Callable[[], list[Tensor]]
 
 UNET_VALUES = 9
 """That a U-Net holds at once, per pixel and channel of its first depth; 8.4, besides what kernels take themselves."""
-TRANSFORMER_VALUES = 16
-"""That a transformer holds at once, per patch and entry of its width; 14 in cpsam, not measured in cpdino."""
+TRANSFORMER_VALUES = {"cpsam": 14, "cpdino": 16, "cpdino-vitb": 16}
+"""That a transformer holds at once, per patch and entry of its width; 12 in cpsam, not measured in cpdino."""
 WIDTHS = {"cpsam": 1024, "cpdino": 1024, "cpdino-vitb": 768}
 
 MOST_TILES = {"unet": 16, "cpsam": 8, "cpdino": 8, "cpdino-vitb": 8}
@@ -69,7 +69,8 @@ def tile_memory(model: Model) -> int:
     itemsize = 2 if model.precision == "bfloat16" else 4
     if model.architecture == "unet":
         return UNET_VALUES * itemsize * _unet_width(model.path) * model.tile**2
-    return TRANSFORMER_VALUES * itemsize * WIDTHS[model.architecture] * (model.tile // POOLING) ** 2
+    per_entry = TRANSFORMER_VALUES[model.architecture] * itemsize
+    return per_entry * WIDTHS[model.architecture] * (model.tile // POOLING) ** 2
 
 
 @functools.lru_cache(maxsize=8)
