@@ -413,8 +413,8 @@ def test_a_store_that_goes_away_ends_the_run_and_the_next_goes_on(folder: Path, 
         assert begun[-1] == stage
     found = tiledseg.segment(address, **settings)
     assert found.report.computed["masks"] == 0
-    assert found.report.kept["publish"] >= 1
-    assert found.report.computed["publish"] > 0
+    # All levels of so small an image are one piece: what was left to do are the metadata.
+    assert (found.report.kept["publish"], found.report.computed["publish"]) == (1, 0)
     expected = tiledseg.segment(folder / "dots 0.5.ome.zarr", tmp_path / "here.zarr", **settings)
     assert np.array_equal(found.labels.compute(), expected.labels.compute())
     assert found.table.equals(expected.table)
