@@ -125,14 +125,19 @@ def test_a_core_is_lent_once_and_only_by_who_has_it() -> None:
 
 def test_an_error_ends_the_work_and_frees_the_cores() -> None:
     cores = Cores(3)
+    begun: list[int] = []
 
     def fail(piece: int) -> None:
+        begun.append(piece)
         if piece == 3:
             raise ValueError("piece 3")
+        time.sleep(0.01)
 
     for _ in range(2):
+        begun.clear()
         with cores.task(), pytest.raises(ValueError, match="piece 3"):
-            cores.run(fail, range(10))
+            cores.run(fail, range(1000))
+        assert len(begun) < 20
     crowd = Crowd()
     with cores.task():
         cores.run(crowd.work, range(30))

@@ -8,7 +8,6 @@ import numba as nb
 import numpy as np
 
 from .lerp import lerp
-from .pool import box_moments
 
 __all__ = ["add_tile", "load_kernels"]
 
@@ -43,9 +42,8 @@ def add_tile(output: Any, rows: Any, columns: Any, floor: Any, blended: Any, pla
 
 
 def load_kernels() -> None:
-    """Compile what images are surveyed with, tiles read and blended, or load it from numba's cache."""
+    """Compile what tiles are read and blended with, or load it from numba's cache."""
     tile, share, first = np.zeros((3, 1, 1), np.float32), np.zeros(1, np.float32), np.zeros(1, np.int64)
     for axis in (1, 2):
         lerp(tile, axis, first, first, share)
     add_tile(tile, share, share, np.float32(0), tile[:, None], 0, 0, 0)
-    box_moments(tile[0], np.float32(0), 1)

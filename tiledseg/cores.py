@@ -141,7 +141,12 @@ class _Todo:
             self.is_empty = number < 0
         if number < 0:
             return False
-        self.results[number] = self._function(piece)
+        try:
+            self.results[number] = self._function(piece)
+        except BaseException:
+            with self._taking:
+                self._queue, self.is_empty = iter(()), True
+            raise
         return True
 
 

@@ -38,6 +38,7 @@ from .heat import flow_errors, label_flows
 from .meters import metered
 from .objects import fill_holes, first_pixels, look_up, measure_objects, object_extents, renumber
 from .particles import follow_flows
+from .pool import box_moments
 
 __all__ = ["compute_masks", "find_sinks", "finish_masks", "gather_pixels", "grow_sinks", "warm_up"]
 
@@ -324,5 +325,6 @@ def warm_up(ndim: int = 2) -> None:
     flows = label_flows(labels)
     compute_masks(flows, labels.astype(np.float32), min_size=1)
     load_kernels()
+    box_moments(flows[0], np.float32(0), 4)
     look_up(first_pixels(labels, 1).astype(np.int32), labels)
     measure_objects(labels, labels[None], np.arange(2))  # of two: a table of one row lies otherwise in memory

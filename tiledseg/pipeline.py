@@ -307,7 +307,7 @@ def segment(
             device = executor.device(device)
             began_with = None if restart else precision_begun_with(store)
             labeller, chosen = in_precision(labeller, chosen, device, executor, began_with)
-        job = Job(opened.for_a_run(), inputs, chosen, labeller, device, store, mask=part.mask)
+        job = Job(opened, inputs, chosen, labeller, device, store, mask=part.mask)
         preflight = Preflight(opened, inputs, chosen, labeller, place, executor.crew, device)
         given = chosen.survey.diameter_px(opened.spacing_um())
         preflight.settled(given).check(given)
@@ -330,7 +330,6 @@ def segment(
             report = report_of(job, executor, ledger, facts, parameters, part.pixel, place.scratch)
         path = None if place.plan is None else place.plan.path
         page = write_report(report, job, {"labels": str(path), "table": str(place.table)})
-        job = dataclasses.replace(job, image=dataclasses.replace(job.image, recent=None))
         return Segmentation(report, path, place.table, page, job, part)
 
 
@@ -358,7 +357,8 @@ def _run(
     job: Job, preflight: Preflight, run_id: str, executor: Executor, progress: Progress
 ) -> tuple[Job, dict[str, Any]]:
     """The five stages, the first two for a network only; the job as it ended, and what the stitcher tells."""
-    place = preflight.place
+    place, image = preflight.place, job.image
+    job = dataclasses.replace(job, image=image.for_a_run())
     if job.segmenter is None and not job.store.done("flows"):
         executor.ask(functools.partial(begin_loading, job.model, job.device))
     with torch_threads_kept(), _kernels(job, executor) as are_ready:
@@ -379,7 +379,7 @@ def _run(
             executor.work(mask_tasks)
         facts = stitch.run(job, executor, progress)
         publish.run(job, executor, progress)
-    return job, facts
+    return dataclasses.replace(job, image=image), facts
 
 
 def _n_blocks(image: Image, settings: Settings) -> int:

@@ -58,9 +58,9 @@ SURVEY_VOXEL = 12
 FLOWS_BYTES = 64 * MIB
 """Of the tiles of a chunk and what comes of them."""
 PASS = 3.0
-"""Of what the tensors of a forward pass hold on a CPU, whose kernels take more; with cpsam 2.4, 2.9 in bfloat16."""
+"""Of what the tensors of a forward pass hold on a CPU, whose kernels take more; with cpsam 2.8."""
 LOADING = 2.25
-"""Of the size of a transformer's file, to load it: as it is stored, and as it is used; 2.15."""
+"""Of the size of a transformer's file, to load it: as it is stored, and as it is used; 2.03."""
 FLOWS_PIXEL = 16
 """Per pixel of the level that tiles are read from, besides the image's own."""
 BLENDED_PIXEL = 32

@@ -28,13 +28,13 @@ from .cluster import Executor, peak_memory
 from .exports import BESIDE_TABLE, WRITERS, Result
 from .features import LARGEST_BOX, feature_names, shape_features
 from .frames import read_channels
-from .grid import Index, Region, overlap, region_shape, region_text, shift
+from .grid import Region, overlap, region_shape, region_text, shift
 from .images import open_image
 from .job import Job
 from .meters import meter, metered
 from .objects import look_up, measure_objects
 from .objects_at import ObjectTable, windows_of
-from .omezarr import finish_labels, level_array, read_level
+from .omezarr import finer_region, finish_labels, halvings, level_array, read_level, shrink
 from .progress import Progress
 from .regions import level_of, parts_of, regions_of
 from .remote import Location, location
@@ -80,7 +80,7 @@ def process_block(
     return measured
 
 
-def paint_region(position: int, job: Job, n_levels: int = 1) -> dict[str, Any]:
+def paint_region(position: int, job: Job, levels: range) -> dict[str, Any]:
     """Task: write one region of the first levels and measure the objects in it; of a shard part after part."""
     array, regions, sides = level_of(job, 0)
     region = regions[position]
@@ -92,9 +92,7 @@ def paint_region(position: int, job: Job, n_levels: int = 1) -> dict[str, Any]:
         intensities = read_channels(job.image, part) if ids.size else np.zeros((job.image.n_channels, *local.shape))
         painted[shift(part, corner)] = look_up(np.concatenate([np.zeros(1, np.uint32), ids]), local)
         measured.append(process_block(local, intensities, ids, tuple(p.start for p in part)))
-    with meter("write"):
-        array[region] = painted
-    _write_coarser(job, range(n_levels), region, painted)
+    _write_levels(job, levels, array, region, painted)
     rows = np.concatenate(measured)
     job.store.save(f"{job.labels}/measured/{position}", rows[np.argsort(rows[:, 0], kind="stable")])
     return {"peak": peak_memory()}
@@ -120,42 +118,34 @@ def _region_labels(job: Job, region: Region) -> tuple[npt.NDArray[np.int32], npt
     return labels, known
 
 
-def shrink_region(position: int, job: Job, level: int, n_levels: int) -> dict[str, Any]:
-    """Task: write one region of a pyramid level, and of those above it: every second pixel of the level below."""
+def shrink_region(position: int, job: Job, levels: range) -> dict[str, Any]:
+    """Task: write one region of some levels of the pyramid: every second pixel of the level before."""
     if job.plan is None:
         raise RuntimeError("labels in memory have no pyramid")
-    array, regions, sides = level_of(job, level)
-    region, finer = regions[position], job.plan.level_shape(level - 1)
-    steps = _steps(finer, array.shape)
+    array, regions, sides = level_of(job, levels[0])
+    region, finer = regions[position], job.plan.level_shape(levels[0] - 1)
     corner = tuple(p.start for p in region)
     shown = np.empty(region_shape(region), np.uint32)
     for part in parts_of(region, sides):
-        wide = tuple(slice(p.start * s, min(p.stop * s, m)) for p, s, m in zip(part, steps, finer, strict=True))
         with meter("read"):
-            pixels = read_level(job.plan, level - 1, wide)
-        shown[shift(part, corner)] = pixels[tuple(slice(None, None, s) for s in steps)]
-    with meter("write"):
-        array[region] = shown
-    _write_coarser(job, range(level, level + n_levels), region, shown)
+            pixels = read_level(job.plan, levels[0] - 1, finer_region(part, array.shape, finer))
+        shown[shift(part, corner)] = shrink(pixels, array.shape, finer, "nearest")
+    _write_levels(job, levels, array, region, shown)
     return {"peak": peak_memory()}
 
 
-def _write_coarser(job: Job, levels: range, region: Region, pixels: npt.NDArray[np.uint32]) -> None:
-    """Write what a region of the first of some levels is in the others: files of its own, see `_levels_together`."""
-    if job.plan is None:
-        return
+def _write_levels(job: Job, levels: range, array: Any, region: Region, pixels: npt.NDArray[np.uint32]) -> None:
+    """Write a region of the array of the first of some levels, and what it is in the others: files of its own, see
+    `_levels_together`."""
+    with meter("write"):
+        array[region] = pixels
     for level in levels[1:]:
-        finer, array = job.plan.level_shape(level - 1), level_array(job.plan, level)
-        steps = _steps(finer, array.shape)
-        region = tuple(slice(p.start // s, -(-p.stop // s)) for p, s in zip(region, steps, strict=True))
-        pixels = pixels[tuple(slice(None, None, s) for s in steps)]
+        finer, array = array.shape, level_of(job, level)[0]
+        steps = halvings(array.shape, finer)
+        region = tuple(slice(p.start // step, -(-p.stop // step)) for p, step in zip(region, steps, strict=True))
+        pixels = shrink(pixels, array.shape, finer, "nearest")
         with meter("write"):
             array[region] = pixels
-
-
-def _steps(finer: Index, coarser: Index) -> Index:
-    """Pixels of a level for one of the next, per axis."""
-    return tuple(-(-a // b) for a, b in zip(finer, coarser, strict=True))
 
 
 def _levels_together(job: Job) -> Iterator[range]:
@@ -169,7 +159,7 @@ def _levels_together(job: Job) -> Iterator[range]:
         shape, sides = arrays[first].shape, arrays[first].shards or level_of(job, first)[2]
         stop, factors = first + 1, (1,) * len(shape)
         while stop < len(arrays):
-            coarser, steps = arrays[stop], _steps(arrays[stop - 1].shape, arrays[stop].shape)
+            coarser, steps = arrays[stop], halvings(arrays[stop].shape, arrays[stop - 1].shape)
             factors = tuple(a * b for a, b in zip(factors, steps, strict=True))
             in_file = tuple(a * b for a, b in zip(factors, coarser.shards or coarser.chunks, strict=True))
             if any(side < n and side % own for side, n, own in zip(sides, shape, in_file, strict=True)):
@@ -266,9 +256,8 @@ def run(job: Job, executor: Executor, progress: Progress) -> None:
     """Write what is missing of the labels, the pyramid, the table, what else is asked for, and the metadata."""
     pieces: list[_Pieces] = []
     for levels in _levels_together(job):
-        first, n_levels = levels[0], len(levels)
-        task, args = (shrink_region, (first, n_levels)) if first else (paint_region, (n_levels,))
-        pieces.append(_Pieces(f"publish-levels-{first}", task, args, level_of(job, first)[1], first))
+        first, task = levels[0], shrink_region if levels[0] else paint_region
+        pieces.append(_Pieces(f"publish-levels-{first}", task, (levels,), level_of(job, first)[1], first))
     shapes = _Pieces("publish-shapes", describe_region, (), _feature_regions(job), 0)
     has_features = job.settings.publish.features
     every = [*pieces, shapes] if has_features else pieces
@@ -295,7 +284,7 @@ class _Pieces:
 
     stage: str
     task: Callable[..., dict[str, Any]]
-    args: tuple[int, ...]
+    args: tuple[range, ...]
     regions: list[Region]
     level: int
 

@@ -57,7 +57,7 @@ def measure(job: Job) -> dict[str, int]:
         "flows": peak_of(flows.compute_chunk, 0, job),
         "masks": peak_of(masks.label_block, middle, job),
         "stitch": max(peak_of(stitch.match_block, 0, job), peak_of(stitch.merge, 0, job)),
-        "publish": max(peak_of(publish.paint_region, 0, job), peak_of(write_table, 0, job)),
+        "publish": max(peak_of(publish.paint_region, 0, job, range(job.plan.n_levels)), peak_of(write_table, 0, job)),
     }
 
 

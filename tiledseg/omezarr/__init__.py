@@ -13,7 +13,7 @@ from .labels import (
     read_level,
     remove_labels,
 )
-from .shrink import finer_region, shrink
+from .shrink import finer_region, halvings, shrink
 from .writer import ImagePlan, create_image, finish_image, image_level, write_image
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "finer_region",
     "finish_image",
     "finish_labels",
+    "halvings",
     "image_level",
     "label_names",
     "labels_exist",

@@ -10,12 +10,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["METHODS", "finer_region", "shrink"]
+__all__ = ["METHODS", "finer_region", "halvings", "shrink"]
 
 METHODS = {
     "mean": "mean of 2 pixels of the level before along each axis that is halved, of integers rounded half to even",
     "nearest": "every second pixel of the level before",
 }
+
+
+def halvings(shape: Sequence[int], finer: Sequence[int]) -> tuple[int, ...]:
+    """Pixels of the level before for one of a level, per axis: 2 where it is halved, else 1.
+
+    Parameters
+    ----------
+    shape, finer : sequence of int
+        Pixels per axis of the level, and of the one before.
+    """
+    return tuple(-(-a // b) for a, b in zip(finer, shape, strict=True))
 
 
 def finer_region(region: Sequence[slice], shape: Sequence[int], finer: Sequence[int]) -> tuple[slice, ...]:
@@ -32,7 +43,7 @@ def finer_region(region: Sequence[slice], shape: Sequence[int], finer: Sequence[
     -------
     region : tuple of slice
     """
-    steps = _steps(shape, finer)
+    steps = halvings(shape, finer)
     return tuple(
         slice(part.start * step, min(part.stop * step, n)) for part, step, n in zip(region, steps, finer, strict=True)
     )
@@ -58,16 +69,12 @@ def shrink(
         At an odd end the last pixel counts twice. Means of integers are exact, whatever their size; those of real
         numbers are computed in float64, and not a number if one of them is not.
     """
-    steps = _steps(shape, finer)
+    steps = halvings(shape, finer)
     if method == "nearest":
         return np.ascontiguousarray(pixels[tuple(slice(None, None, step) for step in steps)])
     pixels = np.pad(pixels, [(0, -n % step) for n, step in zip(pixels.shape, steps, strict=True)], mode="edge")
     parts = [pixels[tuple(slice(i, None, step) for i, step in zip(at, steps, strict=True))] for at in _offsets(steps)]
     return _integer_mean(parts) if pixels.dtype.kind in "ui" else _real_mean(parts)
-
-
-def _steps(shape: Sequence[int], finer: Sequence[int]) -> list[int]:
-    return [-(-a // b) for a, b in zip(finer, shape, strict=True)]
 
 
 def _offsets(steps: Sequence[int]) -> list[tuple[int, ...]]:
