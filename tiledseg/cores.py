@@ -131,7 +131,7 @@ class _Todo:
         self.helpers: list[Future[None]] = []
         self.is_empty = False
         self._function = function
-        self._queue = iter(enumerate(pieces))
+        self._queue: Iterator[tuple[int, Any]] = iter(enumerate(pieces))
         self._taking = threading.Lock()
 
     def do_next(self) -> bool:
