@@ -325,6 +325,6 @@ def warm_up(ndim: int = 2) -> None:
     flows = label_flows(labels)
     compute_masks(flows, labels.astype(np.float32), min_size=1)
     load_kernels()
-    box_moments(flows[0], np.float32(0), 4)
+    box_moments(np.zeros((1, 1), np.float32), np.float32(0), 1)
     look_up(first_pixels(labels, 1).astype(np.int32), labels)
     measure_objects(labels, labels[None], np.arange(2))  # of two: a table of one row lies otherwise in memory
