@@ -245,12 +245,52 @@ def test_where_sinks_meet_the_fuller_wins(left: int, right: int, owner: int) -> 
     assert (regions[16:20] == 2).all()
 
 
+def plain_flow(is_object: np.ndarray, dtype: type) -> np.ndarray:
+    """The flow of one object that fills its box, shape (2, y, x), with heat of a precision."""
+    weights = np.pad(is_object, 1).astype(dtype) / dtype(9)
+    at = np.argwhere(is_object)
+    centre = tuple(at[np.argmin(((at - at.mean(axis=0)) ** 2).sum(axis=1))] + 1)
+    warmth = np.zeros_like(weights)
+    for _ in range(2 * (sum(is_object.shape) + 2)):
+        warmth[centre] += dtype(1)
+        sums = warmth[:-2] + warmth[1:-1] + warmth[2:]
+        warmth[1:-1, 1:-1] = (sums[:, :-2] + sums[:, 1:-1] + sums[:, 2:]) * weights[1:-1, 1:-1]
+    double = warmth.astype(np.float64)
+    slopes = np.stack([double[2:, 1:-1] - double[:-2, 1:-1], double[1:-1, 2:] - double[1:-1, :-2]])
+    return (slopes / (np.sqrt((slopes**2).sum(axis=0)) + 1e-60) * is_object).astype(np.float32)
+
+
 def test_flow_error_is_the_mean_square() -> None:
-    labels = np.array([[0, 1, 1, 1], [3, 1, 1, 1], [3, 3, 0, 0]], np.int32)
+    labels = connected(ellipses((120, 300), 16, 30, seed=21))
+    labels[30:, 160:] = 0
+    labels = numbered(labels)
+    labels[34:110, 170:290] = (np.hypot(*np.ogrid[-1:1:76j, -1:1:120j]) < 1) * (labels.max() + 1)
     flows = np.random.default_rng(0).standard_normal((2, *labels.shape)).astype(np.float32)
+    boxes = objects.object_boxes(labels, int(labels.max()))
+    n_rounds = 2 * (boxes[:, 1] - boxes[:, 0] + 1).sum(axis=1)
+    assert (n_rounds[:-1] < heat.SINGLE_ROUNDS).any()
+    assert n_rounds[-1] > heat.SINGLE_ROUNDS
+    expected = []
+    for label, (start, stop) in enumerate(boxes, start=1):
+        box = tuple(slice(*of) for of in zip(start, stop, strict=True))
+        dtype = np.float64 if n_rounds[label - 1] > heat.SINGLE_ROUNDS else np.float32
+        is_object = labels[box] == label
+        square = ((plain_flow(is_object, dtype).astype(np.float64) - flows[(slice(None), *box)]) ** 2).sum(axis=0)
+        expected.append(square[is_object].mean())
+    np.testing.assert_allclose(flow_errors(labels, flows, boxes), expected, rtol=1e-12)
+
+
+def test_the_precision_of_the_heat_changes_no_more_than_where_it_is_level() -> None:
+    labels = connected(ellipses((300, 300), 20, 150, seed=22))
+    flows = heat.label_flows(labels) + smooth_noise(labels.shape, 2, 0.3, seed=23)
     square = ((heat.label_flows(labels).astype(np.float64) - flows) ** 2).sum(axis=0)
-    expected = [square[labels == 1].mean(), 0, square[labels == 3].mean()]
-    np.testing.assert_allclose(flow_errors(labels, flows), expected, rtol=1e-12)
+    expected = [square[labels == label].mean() for label in range(1, int(labels.max()) + 1)]
+    errors = flow_errors(labels, flows)
+    assert errors.max() > 0.1
+    # In the middle of what is symmetric there is no slope but that of rounding: any unit vector.
+    one_pixel = 8 / np.bincount(labels.ravel())[1:]
+    assert (np.abs(errors - expected) < one_pixel + 1e-3).all()
+    assert (np.abs(errors - expected) < 1e-6).mean() > 0.25
 
 
 def test_flow_threshold_drops_what_the_network_contradicts() -> None:
@@ -360,9 +400,14 @@ def torch_devices() -> list[str]:
 
 
 @pytest.mark.parametrize("device", torch_devices())
-@pytest.mark.parametrize(("shape", "niter"), [((90, 140), 200), ((61, 33), 7), ((1, 40), 25), ((30, 1), 10)])
-def test_the_loops_of_the_gpu_give_the_bits_of_the_cpu(shape: tuple[int, int], niter: int, device: str) -> None:
-    truth = connected(ellipses((90, 140), 14, 120, seed=14))[: shape[0], : shape[1]]
+@pytest.mark.parametrize(
+    ("shape", "diameter", "niter"),
+    [((90, 140), 14, 200), ((61, 33), 14, 7), ((1, 40), 14, 25), ((30, 1), 14, 10), ((90, 140), 95, 60)],
+)
+def test_the_loops_of_the_gpu_give_the_bits_of_the_cpu(
+    shape: tuple[int, int], diameter: float, niter: int, device: str
+) -> None:
+    truth = connected(ellipses((90, 140), diameter, 120, seed=14))[: shape[0], : shape[1]]
     flows = heat.label_flows(truth) + smooth_noise(truth.shape, 2, 0.3, seed=15)
     is_foreground = truth > 0
     assert is_foreground.any()

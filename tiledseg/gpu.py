@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from . import particles
 from .claims import claimed_if_free
-from .heat import object_centres, sum_errors
+from .heat import SINGLE_ROUNDS, object_centres, sum_errors
 from .particles import CHECK_EVERY, SETTLED, check_flows
 
 __all__ = ["GPU", "flow_errors", "follow_flows", "idle_device", "is_out_of_memory"]
@@ -193,10 +193,13 @@ def flow_errors(
     flat = np.ascontiguousarray(labels).reshape(-1)
     pixels = np.flatnonzero(np.concatenate([[False], is_present])[flat])
     centres = object_centres(labels, boxes)
-    values = _if_it_fits(
-        lambda: _object_flows(flat, labels.shape, pixels, n_iter, centres, device),
-        lambda: _object_flows(flat, labels.shape, pixels, n_iter, centres, "cpu"),
-    )
+    values = np.empty((2, pixels.size), np.float32)
+    for precision, is_chosen in (("float32", n_iter <= SINGLE_ROUNDS), ("float64", n_iter > SINGLE_ROUNDS)):
+        own = is_chosen[flat[pixels] - 1]
+        flows_on = functools.partial(
+            _object_flows, flat, labels.shape, pixels[own], np.where(is_chosen, n_iter, 0), centres, precision
+        )
+        values[:, own] = _if_it_fits(functools.partial(flows_on, device), functools.partial(flows_on, "cpu"))
     return sum_errors(flat, pixels, values, flows, len(boxes))
 
 
@@ -206,6 +209,7 @@ def _object_flows(
     pixels: npt.NDArray[np.int64],
     n_iter: npt.NDArray[np.int64],
     centres: npt.NDArray[np.int64],
+    precision: str,
     device: str,
 ) -> FloatArray:
     """Unit flow at each of the pixels, shape (2, n): heat that diffuses inside each object.
@@ -226,11 +230,12 @@ def _object_flows(
     with torch.inference_mode():
         around, slots = _neighbours(flat, shape, pixels[order], device)
         lit = slots[torch.from_numpy(centres[by_rounds]).to(device)].long()
-        heat = torch.zeros(pixels.size + 1, dtype=torch.float64, device=device)
+        heat = torch.zeros(pixels.size + 1, dtype=getattr(torch, precision), device=device)
         for n, m in zip(n_active.tolist(), n_lit.tolist(), strict=True):
             heat[lit[:m]] += 1.0
             columns = [(heat[around[c][:n]] + heat[around[c + 3][:n]]) + heat[around[c + 6][:n]] for c in range(3)]
             heat[:n] = ((columns[0] + columns[1]) + columns[2]) * (1.0 / 9)
+        heat = heat.double()
         slopes = [heat[around[7]] - heat[around[1]], heat[around[5]] - heat[around[3]]]
         norm = (slopes[0] * slopes[0] + slopes[1] * slopes[1]).sqrt() + 1e-60
         ordered = torch.stack([slope / norm for slope in slopes]).float().cpu().numpy()

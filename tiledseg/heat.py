@@ -20,11 +20,15 @@ import numpy.typing as npt
 from .cores import ALONE, Cores
 from .objects import BATCH, box_pixels, flat_steps, object_boxes
 
-__all__ = ["flow_errors", "label_flows", "object_centres", "sum_errors"]
+__all__ = ["SINGLE_ROUNDS", "flow_errors", "label_flows", "object_centres", "sum_errors"]
 
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.float32]
 Boxes = npt.NDArray[np.int64]
+
+SINGLE_ROUNDS = 256
+"""Up to so many rounds the heat of flow errors is in single precision, which takes half the time. In larger objects
+there may be too little of it for that: along a thread of one pixel it falls to an eighth from pixel to pixel."""
 
 _jit = nb.njit(cache=True, nogil=True)
 
@@ -59,7 +63,7 @@ def _all_object_flows(flat: Any, shape: Any, boxes: Any, flows: Any) -> None:
     for i in range(boxes.shape[0]):
         if boxes[i, 0, 0] >= boxes[i, 1, 0]:
             continue
-        where, values = _object_flow(flat, shape, boxes[i], i + 1)
+        where, values = _object_flow(flat, shape, boxes[i], i + 1, 0)
         for k in range(where.size):
             for axis in range(ndim):
                 flows[axis, where[k]] = values[axis, k]
@@ -84,8 +88,8 @@ def flow_errors(
     Returns
     -------
     errors : array of float64, shape (n,)
-        Squared length of the difference to :func:`label_flows`, mean over the object's pixels;
-        0 for a label that is passed over.
+        Squared length of the difference to :func:`label_flows`, mean over the object's pixels, but for
+        rounding: the heat of most objects is in single precision here. 0 for a label that is passed over.
     """
     if boxes is None:
         boxes = object_boxes(labels, int(labels.max(initial=0)))
@@ -107,12 +111,17 @@ def _errors_of(flat: Any, shape: Any, boxes: Any, flows: Any, first: int, errors
     for i in range(first, min(first + BATCH, boxes.shape[0])):
         if boxes[i, 0, 0] >= boxes[i, 1, 0]:
             continue
-        where, values = _object_flow(flat, shape, boxes[i], i + 1)
+        where, values = _object_flow(flat, shape, boxes[i], i + 1, SINGLE_ROUNDS)
+        squares = np.empty((where.size, shape.size), np.float64)
+        for axis in range(shape.size):
+            own, given = values[axis], flows[axis]
+            for k in range(where.size):
+                # Unsigned: numba would look at each index whether it counts from the end.
+                difference = np.float64(own[k]) - np.float64(given[np.uint64(where[k])])
+                squares[k, axis] = difference * difference
         total = 0.0
-        for k in range(where.size):
-            for axis in range(shape.size):
-                difference = np.float64(values[axis, k]) - np.float64(flows[axis, where[k]])
-                total += difference * difference
+        for square in squares.reshape(-1):
+            total += square
         errors[i] = total / where.size
 
 
@@ -186,24 +195,47 @@ def _add_errors(flat: Any, pixels: Any, values: Any, flows: Any, totals: Any, co
 
 
 @_jit
-def _object_flow(flat: Any, shape: Any, box: Any, label: int) -> Any:
-    """Pixels of one object (flat indices into the image) and the unit flow at each."""
+def _object_flow(flat: Any, shape: Any, box: Any, label: int, single_rounds: int) -> Any:
+    """Pixels of one object (flat indices into the image) and the unit flow at each.
+
+    Up to so many rounds its heat is in single precision.
+    """
     ndim = shape.size
     sides = box[1] - box[0] + 2
     steps = flat_steps(sides)
     where, local = box_pixels(flat, shape, box, label)
-    heat = _diffuse(local, steps, sides, _centre(local, steps, sides), 2 * (sides.sum() - ndim))
+    centre, n_iter, volume = _centre(local, steps, sides), 2 * (sides.sum() - ndim), steps[0] * sides[0]
+    units = np.empty((ndim, volume), np.float32)
+    if n_iter <= single_rounds:
+        _unit_slopes(_diffuse(np.zeros((4, volume), np.float32), local, steps, centre, n_iter), local, steps, units)
+    else:
+        _unit_slopes(_diffuse(np.zeros((4, volume), np.float64), local, steps, centre, n_iter), local, steps, units)
     values = np.empty((ndim, where.size), np.float32)
-    for k in range(where.size):
-        norm = 0.0
-        for axis in range(ndim):
-            slope = heat[local[k] + steps[axis]] - heat[local[k] - steps[axis]]
-            norm += slope * slope
-        norm = np.sqrt(norm) + 1e-60
-        for axis in range(ndim):
-            slope = heat[local[k] + steps[axis]] - heat[local[k] - steps[axis]]
-            values[axis, k] = slope / norm
+    for axis in range(ndim):
+        for k in range(where.size):
+            values[axis, k] = units[axis, local[k]]
     return where, values
+
+
+@_jit
+def _unit_slopes(heat: Any, local: Any, steps: Any, units: Any) -> None:
+    """The direction in which heat rises; in double precision, whichever the heat is in.
+
+    From the first pixel of the object to the last, as one long row: see `_diffuse`.
+    """
+    first, n = local[0], local[-1] + 1 - local[0]
+    norm = np.zeros(n, np.float64)
+    for step in steps:
+        before, behind = heat[first - step :], heat[first + step :]
+        for k in range(n):
+            slope = np.float64(behind[k]) - np.float64(before[k])
+            norm[k] += slope * slope
+    for k in range(n):
+        norm[k] = np.sqrt(norm[k]) + 1e-60
+    for axis in range(steps.size):
+        before, behind, out = heat[first - steps[axis] :], heat[first + steps[axis] :], units[axis, first:]
+        for k in range(n):
+            out[k] = (np.float64(behind[k]) - np.float64(before[k])) / norm[k]
 
 
 @_jit
@@ -249,21 +281,18 @@ def _position(start: int, steps: Any, sides: Any, at: Any) -> None:
 
 
 @_jit
-def _diffuse(local: Any, steps: Any, sides: Any, centre: int, n_iter: int) -> Any:
+def _diffuse(room: Any, local: Any, steps: Any, centre: int, n_iter: int) -> Any:
     """Heat after `n_iter` rounds of adding 1 at the centre and averaging over neighbours.
 
     The whole box is averaged as one long row, with a weight of 0 outside the object: that is more
-    arithmetic than visiting the object's pixels, and faster, for it becomes vector instructions.
+    arithmetic than visiting the object's pixels, and faster, for it becomes vector instructions. `room` are four such
+    rows of zeros, in the precision to compute in.
     """
     ndim = steps.size
-    volume = steps[0] * sides[0]
+    heat, after, weights, sums = room[0], room[1], room[2], room[3]
     n_neighbours = 9 if ndim == 2 else 2 * ndim + 1
-    weights = np.zeros(volume, np.float64)
     for i in local:
         weights[i] = 1.0 / n_neighbours
-    heat = np.zeros(volume, np.float64)
-    after = np.zeros(volume, np.float64)
-    sums = np.empty(volume, np.float64)
     first, n = local[0], local[-1] + 1 - local[0]
     for _ in range(n_iter):
         heat[centre] += 1.0

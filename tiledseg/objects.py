@@ -135,16 +135,18 @@ def box_pixels(flat: Any, shape: Any, box: Any, label: int) -> Any:
         volume *= side
     where = np.empty(volume, np.int64)
     local = np.empty(volume, np.int64)
-    n_pixels = 0
+    n_pixels = np.uint64(0)
     index = np.zeros(ndim, np.int64)
     for _ in range(volume // sides[-1]):
-        at = np.sum((index + box[0]) * image_steps)
-        in_box = np.sum((index + 1) * steps)
+        at, in_box = 0, 0
+        for axis in range(ndim):
+            at += (index[axis] + box[0, axis]) * image_steps[axis]
+            in_box += (index[axis] + 1) * steps[axis]
         for k in range(sides[-1]):
-            if flat[at + k] == label:
-                where[n_pixels] = at + k
-                local[n_pixels] = in_box + k
-                n_pixels += 1
+            # Written in any case, and kept if it is of the object: without a branch that cannot be foretold.
+            where[n_pixels] = at + k
+            local[n_pixels] = in_box + k
+            n_pixels += np.uint64(flat[np.uint64(at + k)] == label)
         _to_next_row(index, sides)
     return where[:n_pixels], local[:n_pixels]
 
