@@ -1,10 +1,33 @@
-"""When freed memory is given back: before another kind of task, and now and then."""
+"""When freed memory is given back: before another kind of task, and now and then; whose it is meanwhile."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 
 from tiledseg import malloc
+
+POOLS = """
+import ctypes, threading
+from tiledseg import malloc
+malloc.n_cores = lambda: {n_cores}
+malloc.share_freed_memory()
+arrive = threading.Barrier(4)
+def take():
+    arrive.wait()
+    bytearray(300_000_000 // 4_000)
+    arrive.wait()
+threads = [threading.Thread(target=take) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+library = ctypes.CDLL(None)
+library.fdopen.restype = ctypes.c_void_p
+out = ctypes.c_void_p(library.fdopen(1, b"w"))
+library.malloc_info(0, out)
+library.fflush(out)
+"""
 
 
 def test_memory_is_kept_from_one_task_to_the_next_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +45,11 @@ def test_memory_is_kept_from_one_task_to_the_next_of_its_kind(monkeypatch: pytes
     monkeypatch.setattr(malloc.time, "monotonic", lambda: next(times))
     clock = malloc._Clock()
     assert [clock.is_due(kind) for _, kind, _ in calls] == [is_due for _, _, is_due in calls]
+
+
+@pytest.mark.skipif(malloc._glibc() is None, reason="needs glibc, whose allocator this is about")
+@pytest.mark.parametrize(("n_cores", "is_shared"), [(2, True), (64, False)])
+def test_on_few_cores_one_pool_serves_all_threads(n_cores: int, is_shared: bool) -> None:
+    command = [sys.executable, "-c", POOLS.format(n_cores=n_cores)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (told.count("<heap nr=") == 1) == is_shared

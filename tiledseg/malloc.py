@@ -2,7 +2,8 @@
 
 Left alone it gives memory back to the system in the middle of a network, which takes it again at the next layer, and
 keeps what a task freed in every thread it ran on, so that a worker grows with the tasks it has done. So: kept from
-one task to the next of the same kind, which takes it again, and given back before one of another kind.
+one task to the next of the same kind, which takes it again, and given back before one of another kind. And on few cores
+one pool of it serves all threads: what one freed the other takes.
 """
 
 from __future__ import annotations
@@ -14,13 +15,20 @@ import threading
 import time
 from typing import Any
 
-__all__ = ["give_back_freed_memory", "keep_freed_memory"]
+from .machine import n_cores
+
+__all__ = ["give_back_freed_memory", "keep_freed_memory", "share_freed_memory"]
 
 # Of glibc's malloc.h
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
+M_ARENA_MAX = -8
 
 MIB = 2**20
+KEPT = 256 * MIB
+"""Of freed memory at most, at the end of a pool."""
+FEW_CORES = 4
+"""With more, threads would wait for each other at the one pool."""
 SECONDS_BETWEEN = 1.0
 """At least, where kinds of tasks take turns: to take memory again costs a few milliseconds for each 10 MiB."""
 SECONDS_AT_MOST = 10.0
@@ -42,7 +50,17 @@ def keep_freed_memory() -> None:
     """
     if _glibc() is not None:
         _glibc().mallopt(M_MMAP_THRESHOLD, 32 * MIB)
-        _glibc().mallopt(M_TRIM_THRESHOLD, 64 * MIB)
+        _glibc().mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+def share_freed_memory() -> None:
+    """Have one pool of freed memory for all threads of this process, where cores are few; before there are others.
+
+    Otherwise every thread has its own, of 64 MiB pieces that go back to the system whenever one is empty: of the arrays
+    of a block, which fill a third of it, nearly every one would be taken anew.
+    """
+    if _glibc() is not None and n_cores() <= FEW_CORES:
+        _glibc().mallopt(M_ARENA_MAX, 1)
 
 
 class _Clock:

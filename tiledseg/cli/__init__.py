@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from ..addresses import without_credentials
 from ..errors import TiledsegError
+from ..malloc import share_freed_memory
 from .commands import COMMANDS
 from .parser import make_parser
 
@@ -29,11 +30,12 @@ GARBAGE_OBJECTS = 20_000
 
 
 def command_line() -> int:
-    """`main` as a process of its own, which starts and ends half a second sooner.
+    """`main` as a process of its own, which may be set up for that.
 
     Python looks through all objects for garbage again and again while modules are imported, and once more at its end,
-    when nothing is gained by it; torch alone has a million of them.
+    when nothing is gained by it; torch alone has a million of them, which takes half a second.
     """
+    share_freed_memory()
     gc.set_threshold(GARBAGE_OBJECTS)
     atexit.register(gc.freeze)
     return main()
