@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiledseg import flows
+from tiledseg.blend import add_half
 from tiledseg.errors import SettingsError
 from tiledseg.grid import BlockGrid, Lattice, WorkingGrid, interpolate, overlap, samples_needed, shift
 from tiledseg.job import CELLPROB_FLOOR
@@ -169,3 +170,23 @@ def test_tiles_are_blended_as_numpy_does_to_the_bit(thin: int | None) -> None:
     with np.errstate(over="ignore"):
         halved = expected.astype(np.float16)
     np.testing.assert_array_equal(flows.process_block(outputs, lattice, piece), halved)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 9), (3, 4, 40)])
+def test_pieces_are_added_as_numpy_does_to_the_bit(shape: tuple[int, int, int]) -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    rng = np.random.default_rng(7)
+    sums = rng.standard_normal((4, 12, 60)).astype(np.float32)
+    for piece in (rng.choice(every, shape), np.resize(every[2**10 :: 977], shape)):
+        expected = sums.copy()
+        with np.errstate(invalid="ignore"):
+            expected[1 : 1 + shape[0], 2 : 2 + shape[1], 3 : 3 + shape[2]] += piece
+        add_half(piece, sums, 1, 2, 3)
+        np.testing.assert_array_equal(sums, expected)
+
+
+def test_every_float16_is_widened_to_its_value() -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(1, 256, 256)
+    widened = np.zeros(every.shape, np.float32)
+    add_half(every, widened, 0, 0, 0)
+    np.testing.assert_array_equal(widened, every.astype(np.float32))

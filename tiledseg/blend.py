@@ -1,4 +1,4 @@
-"""Blending a tile of the network: the kernel behind `flows.process_block`."""
+"""Blending tiles of the network: the kernels behind `flows.process_block`, and of putting its pieces together."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 import numba as nb
 import numpy as np
+import numpy.typing as npt
 
 from .lerp import lerp
 
-__all__ = ["add_tile", "load_kernels"]
+__all__ = ["add_half", "add_tile", "load_kernels"]
 
 
 @nb.njit(cache=True, nogil=True)
@@ -41,9 +42,45 @@ def add_tile(output: Any, rows: Any, columns: Any, floor: Any, blended: Any, pla
                     into[j] += (value - floor) * share * columns[j]
 
 
+def add_half(piece: npt.NDArray[np.float16], values: npt.NDArray[np.float32], plane: int, top: int, left: int) -> None:
+    """``values[plane :, top :, left :] += piece``, at a quarter of the time that numpy takes to widen float16.
+
+    Parameters
+    ----------
+    piece : array of float16, shape (n, y, x)
+    values : array of float32, shape (planes, h, w)
+        Is added to.
+    plane, top, left : int
+        Where the piece lies in it.
+    """
+    _add_half(np.ascontiguousarray(piece).view(np.uint16), values, plane, top, left)
+
+
+@nb.njit(cache=True, nogil=True)
+def _add_half(piece: Any, values: Any, plane: int, top: int, left: int) -> None:
+    """The bits of a float16, moved to where a float32 has them, are its value over 2**112, also below the least normal
+    number. What is not finite would become 65536 and more."""
+    n = piece.shape[2]
+    bits = np.empty(n, np.uint32)
+    moved, scale, beyond = bits.view(np.float32), np.float32(2.0**112), np.float32(2.0**16)
+    for z in range(piece.shape[0]):
+        for i in range(piece.shape[1]):
+            row, into = piece[z, i], values[plane + z, top + i, left : left + n]
+            for k in range(n):
+                half = np.uint32(row[k])
+                magnitude, sign = half & np.uint32(0x7FFF), half & np.uint32(0x8000)
+                bits[k] = (magnitude << np.uint32(13)) | (sign << np.uint32(16))
+            for k in range(n):
+                value = moved[k] * scale
+                if abs(value) >= beyond:
+                    value = value * np.float32(np.inf) if abs(value) == beyond else np.float32(np.nan)
+                into[k] += value
+
+
 def load_kernels() -> None:
     """Compile what tiles are read and blended with, or load it from numba's cache."""
     tile, share, first = np.zeros((3, 1, 1), np.float32), np.zeros(1, np.float32), np.zeros(1, np.int64)
     for axis in (1, 2):
         lerp(tile, axis, first, first, share)
     add_tile(tile, share, share, np.float32(0), tile[:, None], 0, 0, 0)
+    add_half(tile.astype(np.float16), tile, 0, 0, 0)

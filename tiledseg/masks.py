@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .blend import add_half
 from .cluster import Executor, peak_memory
 from .config import MasksConfig
 from .cores import CORES
@@ -53,8 +54,8 @@ __all__ = ["block_around", "label_block", "label_region", "process_block", "read
 FloatArray = npt.NDArray[np.float32]
 LabelArray = npt.NDArray[np.uint32]
 
-CHUNK = {2: 512, 3: 128}
-"""Side of a chunk of the stored labels, by the number of axes that objects extend along."""
+CHUNK = {2: 768, 3: 128}
+"""Side of a chunk of the stored labels at most, by the number of axes that objects extend along."""
 
 
 @metered("read")
@@ -87,8 +88,10 @@ def read_flows(job: Job, frame: Index, region: Region) -> FloatArray:
                 continue
             here, there = (shift(shared, tuple(p.start for p in of)) for of in (region, piece))
             found = flows[(*sheet.index_of(frame), *chunk, slice(None), *there)]
+            plane, top, left = ([0] + [part.start for part in here])[-3:]
             for target, source in zip((*sheet.planes, -1), found, strict=True):
-                values[target][here] += source
+                into = values[target].reshape(-1, *values.shape[-2:])
+                add_half(source.reshape(-1, *source.shape[-2:]), into, plane, top, left)
     values[-1] += np.float32(CELLPROB_FLOOR * len(sheets))
     return values
 
@@ -378,7 +381,7 @@ def tasks_of(job: Job, progress: Progress, begin: Callable[[], None] = lambda: N
     """The blocks that are missing; `begin` is called before the first."""
     grid = job.blocks
     side = CHUNK[len(job.extent.objects)]
-    chunks = tuple(min(side, n) for n in grid.padded_shape)
+    chunks = tuple(-(-n // -(-n // side)) for n in grid.padded_shape)  # of one size: a last one would be stored whole
     job.store.create(
         f"{job.labels}/labels.zarr", (grid.n_blocks, *grid.padded_shape), (1, *chunks), "uint32", codec="zstd"
     )

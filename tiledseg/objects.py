@@ -317,18 +317,21 @@ def _may_enclose(flat: Any, shape: Any, box: Any, label: int) -> bool:
     n_rows = 1
     for side in sides[:-1]:
         n_rows *= side
-    index = np.zeros(ndim, np.int64)
+    index, one = np.zeros(ndim, np.int64), np.uint64(1)
     for _ in range(n_rows):
-        at = np.sum((index + box[0]) * steps)
-        has_begun, has_gap = False, False
-        for k in range(sides[-1]):
-            value = flat[at + k]
-            if value == label:
-                if has_gap:
-                    return True
-                has_begun = True
-            elif value == 0 and has_begun:
-                has_gap = True
+        at = 0
+        for axis in range(ndim):
+            at += (index[axis] + box[0, axis]) * steps[axis]
+        first, stop = np.uint64(at), np.uint64(at + sides[-1])
+        while first < stop and flat[first] != label:
+            first += one
+        while first < stop and flat[stop - one] != label:
+            stop -= one
+        n_between = 0
+        for k in range(first, stop):
+            n_between += flat[k] == 0
+        if n_between:
+            return True
         _to_next_row(index, sides)
     return False
 

@@ -59,6 +59,7 @@ class Network:
 
     def __init__(self, model: Model, device: str) -> None:
         self._device = device
+        self._use_one_thread()
         how: dict[str, Any] = {"dtype": torch.bfloat16 if model.precision == "bfloat16" else torch.float32}
         if model.architecture == "unet":
             net = unet_of(read_state(model.path), model.path).eval()
@@ -102,8 +103,7 @@ class Network:
     @metered("network")
     def start(self, tiles: Tiles) -> Callable[[], tuple[Tiles, Tiles]]:
         """Start what `predict` does; returns what waits for it. A GPU computes meanwhile, a CPU does so at once."""
-        if self._device == "cpu" and torch.get_num_threads() != 1:
-            torch.set_num_threads(1)
+        self._use_one_thread()
         with contextlib.ExitStack() as stack:
             stack.enter_context(busy(self._gpu))
             begun = [(self._passes.begin(batch), n) for batch, n in self._batches(tiles)]
@@ -117,6 +117,11 @@ class Network:
             return output, styles
 
         return finish
+
+    def _use_one_thread(self) -> None:
+        """On a CPU: others would look for work for a while after each piece of it, on the cores of other tasks."""
+        if self._device == "cpu" and torch.get_num_threads() != 1:
+            torch.set_num_threads(1)
 
     def _batches(self, tiles: Tiles) -> Iterator[tuple[torch.Tensor, int]]:
         """Batches of the fixed size, the last filled up with zeros, and how many tiles are real."""
