@@ -29,8 +29,8 @@ BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int32]
 
-CHECK_EVERY = 10  # Euler steps between looks at whether a particle has settled
-SETTLED = np.float32(0.01**2)  # squared pixels moved between two looks
+CHECK_EVERY = 5  # Euler steps between looks at whether a particle has settled
+SETTLED = np.float32(0.005**2)  # squared pixels moved between two looks
 MAX_STEP = 1e6  # pixels; beyond it, or not a number, a flow is an error
 LIMITS = {2: "2**30", 3: "2**31 / 3"}  # pixels of a block, by its axes: indices into interleaved flows are int32
 COPIED = 2**16  # pixels that are interleaved at a time: they stay in the cache until they are checked
@@ -52,7 +52,7 @@ def follow_flows(flows: FloatArray, is_foreground: BoolArray, niter: int, cores:
     is_foreground : array of bool, shape (*spatial)
         Where particles start; axes y and x, or z, y and x.
     niter : int
-        Steps at most; a particle that moves less than 0.01 px in 10 steps has settled and stops.
+        Steps at most; a particle that moves less than 0.005 px in 5 steps has settled and stops.
     cores : Cores
         To share the work.
 
