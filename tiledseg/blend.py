@@ -81,6 +81,6 @@ def load_kernels() -> None:
     """Compile what tiles are read and blended with, or load it from numba's cache."""
     tile, share, first = np.zeros((3, 1, 1), np.float32), np.zeros(1, np.float32), np.zeros(1, np.int64)
     for axis in (1, 2):
-        lerp(tile, axis, first, first, share)
+        lerp(tile, axis, first, share)
     add_tile(tile, share, share, np.float32(0), tile[:, None], 0, 0, 0)
     add_half(tile.astype(np.float16), tile, 0, 0, 0)

@@ -275,8 +275,8 @@ def interpolate(
     """
     first = values.ndim - len(positions)
     for i, (coordinates, size, origin) in enumerate(positions):
-        low, high, weight = linear_weights(coordinates, size)
-        values = lerp(values, first + i, low - origin, high - origin, weight)
+        low, _, weight = linear_weights(coordinates, size)
+        values = lerp(values, first + i, low - origin, weight)
     return values
 
 

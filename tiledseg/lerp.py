@@ -17,7 +17,7 @@ Indices = npt.NDArray[np.int64]
 _jit = nb.njit(cache=True, nogil=True)
 
 
-def lerp(values: FloatArray, axis: int, low: Indices, high: Indices, weight: FloatArray) -> FloatArray:
+def lerp(values: FloatArray, axis: int, low: Indices, weight: FloatArray) -> FloatArray:
     """``below + (above - below) * weight`` along an axis, in float32 and in this order.
 
     Parameters
@@ -26,8 +26,8 @@ def lerp(values: FloatArray, axis: int, low: Indices, high: Indices, weight: Flo
         Samples.
     axis : int
         Which axis.
-    low, high : array of int64, shape (m,)
-        Indices of the samples below and above each coordinate.
+    low : array of int64, shape (m,)
+        Indices of the samples below each coordinate. The next one is above it, the same where there is but one.
     weight : array of float32, shape (m,)
         Share of the one above.
 
@@ -37,31 +37,35 @@ def lerp(values: FloatArray, axis: int, low: Indices, high: Indices, weight: Flo
     """
     before, after = values.shape[:axis], values.shape[axis + 1 :]
     result = np.empty((*before, low.size, *after), np.float32)
+    if values.shape[axis] == 1:
+        values = np.repeat(values, 2, axis)
     contiguous = np.ascontiguousarray(values)
     rows, n = math.prod(before), values.shape[axis]
     if axis == values.ndim - 1:
-        _lerp_last(contiguous.reshape(rows, n), low, high, weight, result.reshape(rows, low.size))
+        _lerp_last(contiguous.reshape(rows, n), low, weight, result.reshape(rows, low.size))
     else:
         length = math.prod(after)
         shape = (rows, low.size, length)
-        _lerp_rows(contiguous.reshape(rows, n, length), low, high, weight, result.reshape(shape))
+        _lerp_rows(contiguous.reshape(rows, n, length), low, weight, result.reshape(shape))
     return result
 
 
 @_jit
-def _lerp_rows(values: Any, low: Any, high: Any, weight: Any, result: Any) -> None:
+def _lerp_rows(values: Any, low: Any, weight: Any, result: Any) -> None:
     for i in range(values.shape[0]):
         for k in range(low.size):
-            below, above, share, out = values[i, low[k]], values[i, high[k]], weight[k], result[i, k]
+            below, above, share, out = values[i, low[k]], values[i, low[k] + 1], weight[k], result[i, k]
             for j in range(out.size):
                 out[j] = below[j] + (above[j] - below[j]) * share
 
 
 @_jit
-def _lerp_last(values: Any, low: Any, high: Any, weight: Any, result: Any) -> None:
+def _lerp_last(values: Any, low: Any, weight: Any, result: Any) -> None:
+    one = np.uint64(1)
     for i in range(values.shape[0]):
         row, out = values[i], result[i]
         for k in range(low.size):
             # Unsigned: numba would look at each index whether it counts from the end.
-            below, above = row[np.uint64(low[k])], row[np.uint64(high[k])]
+            at = np.uint64(low[k])
+            below, above = row[at], row[at + one]
             out[k] = below + (above - below) * weight[k]
