@@ -205,15 +205,16 @@ def survey_region(number: int, job: Job) -> dict[str, Any]:
     cells = sampling.cells_of(region)
     facts = np.zeros((len(job.inputs), 3), np.float64)
     for i, single in enumerate(job.inputs):
-        values = finite_float(single.read(job.image, sampling.level, wide), np.nan)
+        raw = single.read(job.image, sampling.level, wide)
+        values = finite_float(raw, np.nan)
         samples = values[core][sampling.sampled(region)].ravel()
         planes = values.reshape(-1, *values.shape[-2:])
         if job.settings.survey.normalize == "local":
             middle = [planes[(k + min(k + CELL_PLANES, len(planes))) // 2] for k in range(0, len(planes), CELL_PLANES)]
             by_cell = np.stack([sample_cells(plane[core[-2:]]) for plane in middle])
             job.store.open("survey.zarr/by-cell")[(i, *cells)] = by_cell.reshape(*region_shape(cells), -1)
-        n_nonfinite = int(np.isnan(values[core]).sum())
-        if n_nonfinite or np.isnan(values).any():
+        n_nonfinite = int(np.isnan(values[core]).sum()) if raw.dtype.kind == "f" else 0
+        if raw.dtype.kind == "f" and np.isnan(values).any():
             values[np.isnan(values)] = 0 if np.isnan(values).all() else np.nanmin(values)
         stored = np.full(sampling.samples_per_region, np.nan, np.float32)
         stored[: samples.size] = samples

@@ -1,7 +1,5 @@
 """``python -m tiledseg.cli`` is the command ``tiledseg``."""
 
-import sys
-
 from ..cli import command_line
 
-sys.exit(command_line())
+command_line()
