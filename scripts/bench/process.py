@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import psutil
 
-POLL_S = 0.05
+POLL_S = 0.2
+"""A look takes a millisecond of a core that what is measured may want."""
 OMITTED = ("PYTHONPATH", "VIRTUAL_ENV")
 
 
@@ -30,7 +32,7 @@ class Measured:
     child_peaks : tuple of int
         The same of each process below it, the largest first.
     together_peak : int
-        The most all of them had resident at one time, of what was seen every 50 ms.
+        The most all of them had resident at one time, of what was seen every 200 ms.
     log : str
         The end of what they printed.
     """
@@ -75,21 +77,31 @@ def run_measured(
     allowed = sorted(os.sched_getaffinity(0))[:cores]
     environment = {k: v for k, v in os.environ.items() if k not in OMITTED} | dict(env or {})
     peaks: dict[int, int] = {}
-    together = 0
+    together, is_late, has_ended = 0, False, threading.Event()
     log = folder / "log.txt"
+
+    def watch() -> None:
+        nonlocal together, is_late
+        while not has_ended.wait(POLL_S):
+            together = max(together, _look(running.pid, peaks))
+            if time.perf_counter() - start > timeout_s:
+                is_late = True
+                _kill(running)
+
     start = time.perf_counter()
     with log.open("wb") as out:
         running = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
         psutil.Process(running.pid).cpu_affinity(allowed)
+        watcher = threading.Thread(target=watch)
+        watcher.start()
         try:
-            while running.poll() is None:
-                together = max(together, _look(running.pid, peaks))
-                if time.perf_counter() - start > timeout_s:
-                    break
-                time.sleep(POLL_S)
+            running.wait()
+            seconds = time.perf_counter() - start
         finally:
-            code = _end(running)
-    seconds = time.perf_counter() - start
+            has_ended.set()
+            watcher.join()
+            _kill(running)
+    code = 124 if is_late else running.returncode
     children = sorted((peak for pid, peak in peaks.items() if pid != running.pid), reverse=True)
     return Measured(code, seconds, peaks.get(running.pid, 0), tuple(children), together, _end_of(log))
 
@@ -121,15 +133,13 @@ def high_water(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
-def _end(running: subprocess.Popen[bytes]) -> int:
-    """Exit status of a command; one that still runs is killed with its children."""
+def _kill(running: subprocess.Popen[bytes]) -> None:
+    """Kill a command with its children, if it still runs."""
     if running.poll() is None:
         for process in psutil.Process(running.pid).children(recursive=True):
             process.kill()
         running.kill()
         running.wait()
-        return 124
-    return int(running.returncode)
 
 
 def _end_of(log: Path, n_characters: int = 4000) -> str:
