@@ -174,6 +174,34 @@ def test_help_lists_every_command() -> None:
         assert command in shown.stdout
 
 
+WITH_A_LAST_WORD = """
+import atexit, sys
+from tiledseg.cli import command_line
+
+atexit.register(print, "last word")
+sys.argv[1:] = {arguments}
+command_line()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "shown"),
+    [
+        (["models"], 0, "tiledseg-nuclei"),
+        (["info", "nowhere.zarr"], 2, ""),
+        (["segment"], 2, ""),
+        (["--help"], 0, "usage"),
+    ],
+)
+def test_the_command_ends_with_its_code_when_all_is_said(arguments: list[str], code: int, shown: str) -> None:
+    script = WITH_A_LAST_WORD.format(arguments=arguments)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == code
+    assert shown in ended.stdout
+    assert ended.stdout.endswith("last word\n")
+    assert (ended.stderr == "") == (code == 0)
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "tiledseg.cli", "info", str(tmp_path / "nowhere"), "--debug"]
     shown = subprocess.run(arguments, capture_output=True, text=True, env=os.environ)
