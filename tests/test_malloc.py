@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from tiledseg import malloc
+from tiledseg.clients import Process, local_client
 
 POOLS = """
 import ctypes, threading
 from tiledseg import malloc
+from tiledseg.clients import Process, local_client
 malloc.n_cores = lambda: {n_cores}
 malloc.share_freed_memory()
 arrive = threading.Barrier(4)
@@ -53,3 +56,10 @@ def test_on_few_cores_one_pool_serves_all_threads(n_cores: int, is_shared: bool)
     command = [sys.executable, "-c", POOLS.format(n_cores=n_cores)]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert (told.count("<heap nr=") == 1) == is_shared
+
+
+@pytest.mark.parametrize(("n_threads", "expected"), [(4, "1"), (5, None)])
+def test_workers_of_few_threads_start_with_one_pool(n_threads: int, expected: str | None) -> None:
+    with local_client([Process(n_threads)]) as client:
+        (found,) = client.run(lambda: os.environ.get("MALLOC_ARENA_MAX")).values()
+    assert found == expected

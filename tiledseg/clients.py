@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from .claims import VARIABLE
 from .errors import ClusterError, SettingsError
 from .machine import n_cores, usable_gpus
+from .malloc import sharing_environment
 from .tls import require_certificates
 
 __all__ = [
@@ -130,6 +132,7 @@ def local_client(processes: list[Process]) -> Iterator[Any]:
         "allowed_failures": 0,
     }
     with (
+        _started_in(sharing_environment(max(process.n_threads for process in processes))),
         SpecCluster(
             workers=dict(enumerate(process.spec() for process in processes)),
             scheduler={"cls": Scheduler, "options": options},
@@ -245,3 +248,19 @@ def client_of(given: Any) -> Iterator[Any]:
             raise SettingsError("an asynchronous Dask client was given; pass a synchronous one.")
         _wait_for_a_worker(client, "the Dask cluster that was given")
         yield client
+
+
+@contextlib.contextmanager
+def _started_in(environment: dict[str, str]) -> Iterator[None]:
+    """Within, workers start in some environment; distributed leaves it to this process as well."""
+    import dask
+
+    name, before = "distributed.nanny.pre-spawn-environ", {key: os.environ.get(key) for key in environment}
+    try:
+        with dask.config.set({name: {**dask.config.get(name), **environment}}):
+            yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value

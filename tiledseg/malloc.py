@@ -17,7 +17,7 @@ from typing import Any
 
 from .machine import n_cores
 
-__all__ = ["give_back_freed_memory", "keep_freed_memory", "share_freed_memory"]
+__all__ = ["give_back_freed_memory", "keep_freed_memory", "share_freed_memory", "sharing_environment"]
 
 # Of glibc's malloc.h
 M_TRIM_THRESHOLD = -1
@@ -61,6 +61,11 @@ def share_freed_memory() -> None:
     """
     if _glibc() is not None and n_cores() <= FEW_CORES:
         _glibc().mallopt(M_ARENA_MAX, 1)
+
+
+def sharing_environment(n_threads: int) -> dict[str, str]:
+    """Environment in which a process of so many threads starts, for it to do the same."""
+    return {"MALLOC_ARENA_MAX": "1"} if n_threads <= FEW_CORES else {}
 
 
 class _Clock:
