@@ -14,13 +14,12 @@ from tiledseg.clients import Process, local_client
 POOLS = """
 import ctypes, threading
 from tiledseg import malloc
-from tiledseg.clients import Process, local_client
 malloc.n_cores = lambda: {n_cores}
 malloc.share_freed_memory()
 arrive = threading.Barrier(4)
 def take():
     arrive.wait()
-    bytearray(300_000_000 // 4_000)
+    bytearray(75_000)
     arrive.wait()
 threads = [threading.Thread(target=take) for _ in range(4)]
 [thread.start() for thread in threads]
