@@ -233,6 +233,34 @@ def failing(item: int) -> int:
     return item
 
 
+class _Sent:
+    """Counts how often it comes to a process."""
+
+    n_received = 0
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _receive, ()
+
+
+def _receive() -> _Sent:
+    _Sent.n_received += 1
+    return _Sent()
+
+
+def _n_received(_item: int, _sent: _Sent) -> tuple[int, int]:
+    time.sleep(0.01)
+    return os.getpid(), _Sent.n_received
+
+
+def test_what_tasks_share_is_unpacked_once_by_a_process() -> None:
+    with connect(workers=2) as executor:
+        found = dict(executor.stream(_n_received, range(40), _Sent()))
+        assert sorted(found) == list(range(40))
+        assert len({pid for pid, _ in found.values()}) == 2
+        assert {n for _, n in found.values()} == {1}
+        assert 2 in {n for _, n in dict(executor.stream(_n_received, range(40), _Sent())).values()}
+
+
 def test_a_result_that_is_lost_before_it_is_fetched_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """distributed raises in its own tracking of a task that fails when it is done again for a lost result."""
 

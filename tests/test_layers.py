@@ -17,6 +17,7 @@ ROWS = [
     {
         "axes",
         "claims",
+        "chunks",
         "cores",
         "shapes",
         "tls",
@@ -127,7 +128,7 @@ HOMES = {
     "h5py": {"images.from_hdf5"},
     "openslide": {"images.from_slide"},
     "tensorstore": {"images.from_n5"},
-    "cloudpickle": {"segmenters"},
+    "cloudpickle": {"cluster", "segmenters"},
     "distributed": {"clients", "cluster", "batch.scheduler"},
     "psutil": {"machine"},
     "tifffile": {"images.from_tiff"},
@@ -153,7 +154,8 @@ HOMES = {
     "PIL": {"canvas", "pictures"},
     "roifile": {"shapes"},
     "skimage": {"demo", "features", "inputs"},
-    "numcodecs": {"viewing.pieces"},
+    "numcodecs": {"chunks", "viewing.pieces"},
+    "google_crc32c": {"chunks"},
     "napari": {"napari.widget", "viewing.napari_layers"},
     "qtpy": {"napari.background", "napari.widget"},
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +85,53 @@ def test_arrays_are_told_apart_by_name() -> None:
     np.testing.assert_array_equal(kept.read(other, "1", where), np.full((5, 5), 7))
 
 
-def test_another_process_begins_anew() -> None:
+def test_another_process_begins_anew_once() -> None:
     array, kept = stored((9, 9), (4, 4)), RecentChunks()
     kept.read(array, "0", (slice(1, 6), slice(2, 7)))
     assert kept.n_bytes > 0
-    assert pickle.loads(pickle.dumps(kept)).n_bytes == 0
+    there = pickle.loads(pickle.dumps(kept))
+    assert there.n_bytes == 0
+    assert pickle.loads(pickle.dumps(kept)) is there
+    other = pickle.loads(pickle.dumps(RecentChunks()))
+    assert other is not there
+    assert pickle.loads(pickle.dumps(kept)) is not there  # the latest is kept, so that memory does not grow
+
+
+class Slow(Counted):
+    """An array that is read when it may be; the first time in vain, if so."""
+
+    def __init__(self, array: Any, fails: bool) -> None:
+        super().__init__(array)
+        self.fails = fails
+        self.n_asked, self.may = threading.Semaphore(0), threading.Event()
+
+    def __getitem__(self, selection: tuple[slice, ...]) -> Any:
+        fails, self.fails = self.fails, False
+        self.n_asked.release()
+        assert self.may.wait(60)
+        if fails:
+            raise OSError("gone")
+        return super().__getitem__(selection)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_one_thread_reads_others_wait_for(fails: bool) -> None:
+    array, kept = Slow(stored((8, 24), (8, 8))._array, fails), RecentChunks()
+    left, right = (slice(1, 8), slice(0, 12)), (slice(0, 7), slice(10, 23))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(kept.read, array, "0", left)
+        assert array.n_asked.acquire(timeout=60)
+        second = pool.submit(kept.read, array, "0", right)
+        assert array.n_asked.acquire(timeout=60)  # for the chunk that nobody reads yet
+        array.may.set()
+        if fails:
+            with pytest.raises(OSError, match="gone"):
+                first.result()
+        else:
+            np.testing.assert_array_equal(first.result(), array._array[left])
+        np.testing.assert_array_equal(second.result(), array._array[right])
+    asked = sorted((part.start, part.stop) for _, part in array.asked)
+    assert asked == ([(8, 16), (16, 24)] if fails else [(0, 16), (16, 24)])
 
 
 def test_an_image_that_changes_after_a_run_is_read_anew(tmp_path: Path) -> None:

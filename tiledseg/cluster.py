@@ -12,15 +12,20 @@ from each device (see `claims`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
+import pickle
+import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+
+import cloudpickle
 
 from .claims import bind, claimed
 from .clients import CPU, GPU, TASKS_PER_GPU, client_of, local_client, local_processes, remote_client
@@ -44,6 +49,8 @@ POLL_S = 0.1
 FAILED = ("error", "cancelled")
 SILENT_S = 60.0
 """Without a worker for what is to be done for so long, it is said aloud."""
+CALLS_KEPT = 4
+"""By a worker, unpacked: of the stages at once, and of those before."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +96,24 @@ def _run_task(function: Function, item: Item, *args: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """The same on a Dask worker, whose threads are the cores; sent once for many items."""
+    """The same on a Dask worker, whose threads are the cores.
+
+    It is sent with every item, and unpacked once by a process: so all its tasks share the arrays that are open, and the
+    chunks that were read lately.
+    """
 
     function: Function
     args: tuple[Any, ...]
     uses_gpu: bool
     claims: bool
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @functools.cached_property
+    def _packed(self) -> bytes:
+        return bytes(cloudpickle.dumps((self.function, self.args, self.uses_gpu, self.claims, self.token)))
+
+    def __reduce__(self) -> tuple[Any, tuple[str, bytes]]:
+        return _unpacked, (self.token, self._packed)
 
     def __call__(self, item: Item) -> Any:
         from distributed import get_worker
@@ -106,6 +125,22 @@ class _Call:
             bind()
         with claimed() if self.claims else contextlib.nullcontext():
             return _run_task(self.function, item, *self.args)
+
+
+_unpacking = threading.Lock()
+_calls: OrderedDict[str, _Call] = OrderedDict()
+
+
+def _unpacked(token: str, packed: bytes) -> _Call:
+    """A call that was sent to this process, the same object whenever it is sent."""
+    with _unpacking:
+        call = _calls.get(token)
+        if call is None:
+            call = _calls[token] = _Call(*pickle.loads(packed))
+        _calls.move_to_end(token)
+        while len(_calls) > CALLS_KEPT:
+            _calls.popitem(last=False)
+        return call
 
 
 def _device_of_worker(wanted: str) -> str:
@@ -340,6 +375,7 @@ class _DaskPool:
 
         self._client, self._workers = client, workers
         self._stream, self._numbers = uuid.uuid4().hex[:8], itertools.count()
+        self._calls: dict[tuple[Tasks, bool], _Call] = {}
         self._live: dict[Any, tuple[Any, str]] = {}
         self._failed: set[Any] = set()
         self._ended = as_completed(loop=client.loop, with_results=True, raise_errors=False)
@@ -357,7 +393,7 @@ class _DaskPool:
         keys = [(f"{tasks.name}-{self._stream}", next(self._numbers)) for _ in items]
         # Where workers say how many tasks a GPU is for, that counts.
         claims = tasks.claims and self._workers.resource(tasks.kind) is None
-        call = _Call(tasks.function, tasks.args, tasks.claims, claims)
+        call = self._calls.setdefault((tasks, claims), _Call(tasks.function, tasks.args, tasks.claims, claims))
         options = self._workers.options(tasks.kind)
         futures = self._client.map(call, list(items), key=keys, pure=False, **options)
         self._live.update({future.key: (future, tasks.kind) for future in futures})

@@ -1,14 +1,17 @@
 """Chunks of an image that were read in part a moment ago: what lies beside that part is likely to be wanted next.
 
 Regions that a run reads one after the other cut storage chunks anew each time, and to read a part of a chunk is to
-fetch and decode all of it.
+fetch and decode all of it. What one thread is about to read others wait for.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+import uuid
 from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future
 from itertools import product
 from typing import Any
 
@@ -23,18 +26,30 @@ LEAST = 4
 """Chunks that must fit; of larger ones none is kept."""
 
 Cell = tuple[int, ...]
+Key = tuple[str, Cell]
+Chunk = npt.NDArray[Any]
 Selection = tuple[slice | int, ...]
 
 
 class RecentChunks:
-    """Chunks of some arrays, which must not change; for all threads of a process. Another process begins anew."""
+    """Chunks of some arrays, which must not change; for all threads of a process.
 
-    def __init__(self) -> None:
+    Another process that it is sent to begins anew, once: what is sent there again is the same.
+
+    Parameters
+    ----------
+    key : str, optional
+        What tells it from others.
+    """
+
+    def __init__(self, key: str | None = None) -> None:
+        self._key = key or uuid.uuid4().hex
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, Cell], npt.NDArray[Any]] = OrderedDict()
+        self._kept: OrderedDict[Key, Chunk] = OrderedDict()
+        self._coming: dict[Key, Future[Chunk | None]] = {}
 
-    def __reduce__(self) -> tuple[type[RecentChunks], tuple[()]]:
-        return RecentChunks, ()
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return _received, (self._key,)
 
     @property
     def n_bytes(self) -> int:
@@ -70,18 +85,16 @@ class RecentChunks:
         }
         if not cut or LEAST * math.prod(chunks) * array.dtype.itemsize > RECENT_BYTES:
             return np.asarray(array[selection])
-        found = self._find(name, cut)
         pixels = np.empty([high - low for low, high in bounds], array.dtype)
-        missing = [cell for cell in product(*spans) if cell not in found]
-        if missing:
-            # At once, so that they come and are decoded side by side: those that are missing lie side by side too.
-            first, last = np.min(missing, axis=0), np.max(missing, axis=0)
-            box = [(a * side, min((b + 1) * side, n)) for a, b, side, n in zip(first, last, chunks, shape, strict=True)]
-            read = np.asarray(array[tuple(slice(int(low), int(high)) for low, high in box)])
-            for cell in missing:
-                corner = [(i - a) * side for i, a, side in zip(cell, first, chunks, strict=True)]
-                found[cell] = read[tuple(slice(at, at + side) for at, side in zip(corner, chunks, strict=True))]
-            self._keep(name, {cell: found[cell].copy() for cell in missing if cell in cut})
+        found, mine, others = self._find(name, cut)
+        missing = [cell for cell in product(*spans) if cell not in found and cell not in others]
+        try:
+            found |= self._read(array, missing)
+        finally:
+            self._keep(name, {cell: found[cell].copy() if cell in found else None for cell in mine})
+        for cell, coming in others.items():
+            # None if who was to read it could not.
+            found |= self._read(array, [cell]) if (chunk := coming.result()) is None else {cell: chunk}
         for cell, chunk in found.items():
             origin = [i * side for i, side in zip(cell, chunks, strict=True)]
             shared = [
@@ -92,21 +105,57 @@ class RecentChunks:
             pixels[here] = chunk[tuple(slice(a - at, b - at) for (a, b), at in zip(shared, origin, strict=True))]
         return pixels[tuple(0 if isinstance(part, int) else slice(None) for part in selection)]
 
-    def _find(self, name: str, cells: set[Cell]) -> dict[Cell, npt.NDArray[Any]]:
-        """Those that are kept; they are the latest now."""
+    def _read(self, array: Any, cells: Iterable[Cell]) -> dict[Cell, Chunk]:
+        """Some chunks that lie side by side, at once, so that they come and are decoded together."""
+        cells = list(cells)
+        if not cells:
+            return {}
+        first, last = np.min(cells, axis=0), np.max(cells, axis=0)
+        sides, shape = array.chunks, array.shape
+        box = [(a * side, min((b + 1) * side, n)) for a, b, side, n in zip(first, last, sides, shape, strict=True)]
+        read = np.asarray(array[tuple(slice(int(low), int(high)) for low, high in box)])
         found = {}
-        with self._lock:
-            for cell in cells:
-                chunk = self._kept.get((name, cell))
-                if chunk is not None:
-                    found[cell] = chunk
-                    self._kept.move_to_end((name, cell))
+        for cell in cells:
+            corner = [(i - a) * side for i, a, side in zip(cell, first, sides, strict=True)]
+            found[cell] = read[tuple(slice(at, at + side) for at, side in zip(corner, sides, strict=True))]
         return found
 
-    def _keep(self, name: str, chunks: dict[Cell, npt.NDArray[Any]]) -> None:
-        """Keep these, and let go of those that nobody read for the longest time."""
+    def _find(self, name: str, cells: set[Cell]) -> tuple[dict[Cell, Chunk], set[Cell], dict[Cell, Future[Any]]]:
+        """Those that are kept, which are the latest now; those that the caller has to read; those that others read."""
+        found, mine, others = {}, set(), {}
         with self._lock:
-            self._kept.update({(name, cell): chunk for cell, chunk in chunks.items()})
+            for cell in cells:
+                key = (name, cell)
+                if key in self._kept:
+                    found[cell] = self._kept[key]
+                    self._kept.move_to_end(key)
+                elif key in self._coming:
+                    others[cell] = self._coming[key]
+                else:
+                    self._coming[key] = Future()
+                    mine.add(cell)
+        return found, mine, others
+
+    def _keep(self, name: str, chunks: dict[Cell, Chunk | None]) -> None:
+        """Hand these to those who wait, None if there is none; keep them, without what nobody read for the longest."""
+        with self._lock:
+            for cell, chunk in chunks.items():
+                self._coming.pop((name, cell)).set_result(chunk)
+                if chunk is not None:
+                    self._kept[name, cell] = chunk
             n_bytes = sum(chunk.nbytes for chunk in self._kept.values())
             while n_bytes > RECENT_BYTES:
                 n_bytes -= self._kept.popitem(last=False)[1].nbytes
+
+
+_receiving = threading.Lock()
+_latest: dict[str, RecentChunks] = {}
+
+
+def _received(key: str) -> RecentChunks:
+    """What was sent to this process before under a key, of which the latest is kept."""
+    with _receiving:
+        if key not in _latest:
+            _latest.clear()
+            _latest[key] = RecentChunks(key)
+        return _latest[key]
