@@ -209,3 +209,28 @@ def test_an_array_is_opened_once_until_it_is_removed(tmp_path: Path) -> None:
     store.create("a.zarr", (2,), (2,), "uint16")
     store.open("a.zarr")[:] = 300
     assert store.open("a.zarr")[:].tolist() == [300, 300]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint32", "int64"])
+def test_a_whole_chunk_is_stored_as_zarr_stores_it(dtype: str, tmp_path: Path) -> None:
+    store, rng = DiskStore(tmp_path / "scratch"), np.random.default_rng(0)
+    values = rng.integers(0, 50, (2, 6, 40, 50)).astype(dtype)
+    for name in ("ours", "zarrs"):
+        store.create(name, values.shape, (1, 3, 20, 25), dtype)
+    array = store.open("ours")
+    array[0, 0:3, 20:40, 0:25] = values[0, :3, 20:, :25]  # one chunk
+    array[1, 3:6, 0:20] = values[1, 3:, :20]  # two of them
+    array[0, 3:6, 0:20, 25:50] = 7
+    array[0, 3:6, 20:40, 25:30] = values[0, 3:, 20:, 25:30]  # a part of one
+    expected = np.zeros_like(values)
+    expected[0, :3, 20:, :25] = values[0, :3, 20:, :25]
+    expected[1, 3:, :20] = values[1, 3:, :20]
+    expected[0, 3:, :20, 25:] = 7
+    expected[0, 3:, 20:, 25:30] = values[0, 3:, 20:, 25:30]
+    zarr.open_array(tmp_path / "scratch/zarrs").with_config({"write_empty_chunks": True})[...] = expected
+    found = zarr.open_array(tmp_path / "scratch/ours")
+    np.testing.assert_array_equal(found[...], expected)
+    files = sorted(path.name for path in (tmp_path / "scratch/ours").glob("c.*"))
+    assert files == ["c.0.0.1.0", "c.0.1.0.1", "c.0.1.1.1", "c.1.1.0.0", "c.1.1.0.1"]
+    for name in files:
+        assert (tmp_path / "scratch/ours" / name).read_bytes() == (tmp_path / "scratch/zarrs" / name).read_bytes()

@@ -40,6 +40,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .chunks import chunk_key, compressors, encoded, is_encoded_so
 from .cores import CORES
 from .disk import DRAFTS, make_folders, make_home, sweep, sync_folder, write_whole
 from .errors import OutputError, ScratchError
@@ -217,6 +218,10 @@ class DiskStore:
             make_home(self.path)
             self._is_made = True
 
+    def write_chunk(self, name: str, parts: Iterable[bytes]) -> None:
+        """Write the file of a chunk of an array."""
+        write_whole(self.path / name, lambda file: file.writelines(parts), self._home, self._drafts)
+
     def _write(self, path: Path, write: Callable[[Any], object]) -> None:
         """Write a file that lasts; it is there completely or not at all."""
         with disk_errors(path):
@@ -228,13 +233,9 @@ class DiskStore:
     ) -> None:
         """Make an array filled with 0; keep one that is there already."""
         import zarr
-        from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+        from zarr.codecs import ZstdCodec
 
         where = self.path / name
-        compressors: list[Any] = [ZstdCodec(level=1, checksum=True)]
-        if codec == "lz4":
-            blosc = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle", typesize=np.dtype(dtype).itemsize)
-            compressors = [blosc, Crc32cCodec()]  # Blosc itself misses half of all flipped bits
         with disk_errors(where):
             self._make()
             if (where / "zarr.json").exists():
@@ -245,7 +246,7 @@ class DiskStore:
                 chunks=chunks,
                 dtype=dtype,
                 fill_value=0,
-                compressors=compressors,
+                compressors=compressors(dtype) if codec == "lz4" else [ZstdCodec(level=1, checksum=True)],
                 zarr_format=3,
                 # All files in one folder: each is synced, and so is every folder that leads to a new file.
                 chunk_key_encoding={"name": "default", "separator": "."},
@@ -422,12 +423,21 @@ class _StoredArray:
             raise ScratchError(self._store.path, f"{self._name}/{failing[0]}", error) from error
 
     def __setitem__(self, region: Any, values: Any) -> None:
-        parts = region if isinstance(region, tuple) else (region,)
-        # With all its axes a whole chunk is stored as it is; where single indices leave some out, zarr copies it first.
-        single = [axis for axis, part in enumerate(parts) if not isinstance(part, slice)]
-        kept = tuple(part if isinstance(part, slice) else slice(part, part + 1) for part in parts)
+        array = self._written
+        bounds = _bounds(region, array.shape)
+        single = [axis for axis, part in enumerate(bounds) if not isinstance(part, slice)]
+        kept = tuple(part if isinstance(part, slice) else slice(part, part + 1) for part in bounds)
+        if np.ndim(values):
+            values = np.expand_dims(values, single)
+        key = chunk_key(kept, array.chunks) if is_encoded_so(array) else None
+        if key is not None:
+            content = encoded(np.broadcast_to(values, array.chunks).astype(array.dtype, copy=False))
         with CORES.lent():
-            self._written[kept] = np.expand_dims(values, single) if np.ndim(values) else values
+            if key is None:
+                # With all its axes a whole chunk is stored as it is; if single indices leave some out zarr copies it.
+                array[kept] = values
+            else:
+                self._store.write_chunk(f"{self._name}/{key}", content)
 
 
 def _bounds(region: Any, shape: tuple[int, ...]) -> list[slice | int]:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["PASSING", "Patience", "is_stored", "patiently"]
+__all__ = ["PASSING", "Patience", "is_stored", "patiently", "stored_size"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,13 @@ def patiently(function: Callable[[], Result], path: Path, home: Path) -> Result:
 
 def is_stored(path: Path, home: Path) -> bool:
     """Whether a file is there; a store that is gone is waited for."""
+    return stored_size(path, home) is not None
+
+
+def stored_size(path: Path, home: Path) -> int | None:
+    """Bytes of a file, None if there is none; a store that is gone is waited for."""
     try:
-        return stat.S_ISREG(patiently(path.stat, path, home).st_mode)
+        facts = patiently(path.stat, path, home)
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return None
+    return facts.st_size if stat.S_ISREG(facts.st_mode) else None

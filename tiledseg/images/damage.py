@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TiledsegError
-from ..waiting import is_stored
+from ..waiting import stored_size
 
-__all__ = ["BAD_FILE", "failing_chunks", "stored_keys", "torn_chunks"]
+__all__ = ["BAD_FILE", "TornError", "WholeFiles", "failing_chunks", "stored_keys", "torn_chunks"]
 
 # What json, zarr, numcodecs, tifffile and imagecodecs were seen to raise on damaged files.
 # fmt: off
@@ -22,6 +22,34 @@ BAD_FILE = (
     OSError, EOFError, RuntimeError, MemoryError, struct.error, zlib.error, lzma.LZMAError,
 )
 # fmt: on
+
+
+class TornError(ValueError):
+    """Chunks whose file is cut short were to be read."""
+
+    def __init__(self, keys: list[str]) -> None:
+        super().__init__("the stored file is cut short")
+        self.keys = keys
+
+
+class WholeFiles:
+    """A stored Zarr array that refuses chunks whose file is cut short, see `torn_chunks`.
+
+    Parameters
+    ----------
+    array : zarr.Array
+    folder : object
+        Of its chunks.
+    """
+
+    def __init__(self, array: Any, folder: object) -> None:
+        self._array, self._folder = array, folder
+        self.chunks, self.shape, self.dtype = array.chunks, array.shape, array.dtype
+
+    def __getitem__(self, selection: tuple[slice | int, ...]) -> Any:
+        if torn := torn_chunks(self._array, self._folder, selection):
+            raise TornError(torn)
+        return self._array[selection]
 
 
 def stored_keys(array: Any, selection: Sequence[slice | int]) -> list[str]:
@@ -74,7 +102,7 @@ def torn_chunks(array: Any, folder: object, selection: Sequence[slice | int]) ->
     for key in stored_keys(array, selection):
         path = folder / key
         try:
-            size = path.stat().st_size if is_stored(path, folder) else None
+            size = stored_size(path, folder)
             if size == 0 or (size and codec.startswith("Blosc") and _blosc_bytes(path) != size):
                 torn.append(key)
         except TimeoutError:

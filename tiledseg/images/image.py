@@ -21,7 +21,7 @@ from ..errors import ImageError, TiledsegError
 from ..meters import metered
 from ..remote import Location, absent
 from ..waiting import is_stored
-from .damage import BAD_FILE, failing_chunks, stored_keys, torn_chunks
+from .damage import BAD_FILE, TornError, WholeFiles, failing_chunks, stored_keys
 from .display import Display
 from .recent import RecentChunks
 from .units import MICROMETERS
@@ -199,21 +199,20 @@ class Image(Displayed):
         bounds = self._bounds(level, region)
         array = self._array(level)
         selection = self._on_disk(level, bounds)
-        with self._reached(level):
-            torn = torn_chunks(array, self._folder(level), selection)
-        if torn:
-            self._raise_corrupt(level, bounds, torn, "the stored file is cut short", None)
+        is_zarr = hasattr(array, "metadata")
         try:
             with self._reached(level), CORES.lent():
-                recent = self.recent if hasattr(array, "metadata") else None
-                path = self.levels[level].path
-                pixels: Any = array[selection] if recent is None else recent.read(array, path, selection)
+                whole = WholeFiles(array, self._folder(level)) if is_zarr else array
+                recent, path = self.recent if is_zarr else None, self.levels[level].path
+                pixels: Any = whole[selection] if recent is None else recent.read(whole, path, selection)
             if hasattr(pixels, "__dask_graph__"):
                 pixels = pixels.compute(scheduler="threads")
+        except TornError as error:
+            self._raise_corrupt(level, bounds, error.keys, str(error), None)
         except BAD_FILE as error:
             if isinstance(error, TiledsegError) or not self.is_shippable:
                 raise
-            failing = failing_chunks(array, selection) if hasattr(array, "metadata") else []
+            failing = failing_chunks(array, selection) if is_zarr else []
             if not failing and isinstance(error, MemoryError):
                 raise
             self._raise_corrupt(level, bounds, failing, str(error) or type(error).__name__, error)
