@@ -81,7 +81,7 @@ def fill_flows(job: Job, case: Case) -> None:
         share = case.values[[*sheet.planes, -1]] / (len(case.shape) - 1)
         job.store.create(sheet.name, sheet.array_shape, (), "float16")
         for chunk in lattice.chunks():
-            outputs = {}
+            outputs = []
             for tile in lattice.tiles_of(chunk):
                 filled = np.zeros((3, *lattice.sides), np.float32)
                 region = lattice.tile_region(tile)
@@ -90,7 +90,7 @@ def fill_flows(job: Job, case: Case) -> None:
                 )
                 there = tuple(slice(p.start - q.start, p.stop - q.start) for p, q in zip(inside, region, strict=True))
                 filled[:, *there] = share[:, *inside]
-                outputs[tile] = filled.reshape(3, lattice.tile, lattice.tile)
+                outputs.append(([tile], filled.reshape(1, 3, lattice.tile, lattice.tile)))
             piece = flows.process_block(outputs, lattice, lattice.piece_region(chunk))
             job.store.open(sheet.name)[(0,) * len(sheet.frames) + chunk] = piece
 

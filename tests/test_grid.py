@@ -169,7 +169,10 @@ def test_tiles_are_blended_as_numpy_does_to_the_bit(thin: int | None) -> None:
         expected[(slice(None), *where)] += weighted.reshape(3, *lattice.sides)
     with np.errstate(over="ignore"):
         halved = expected.astype(np.float16)
-    np.testing.assert_array_equal(flows.process_block(outputs, lattice, piece), halved)
+    batches = [([tile], output[None]) for tile, output in outputs.items()]
+    together = [(list(outputs), np.stack(list(outputs.values())))]
+    for found in (batches, together):
+        np.testing.assert_array_equal(flows.process_block(found, lattice, piece), halved)
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 9), (3, 4, 40)])

@@ -1,4 +1,7 @@
-"""Blending tiles of the network: the kernels behind `flows.process_block`, and of putting its pieces together."""
+"""Cutting and blending tiles of the network: the kernels behind `flows`, and of putting its pieces together.
+
+Each does all tiles of a batch in one call: whoever comes back from a call waits for Python's lock.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +13,60 @@ import numpy.typing as npt
 
 from .lerp import lerp
 
-__all__ = ["add_half", "add_tile", "load_kernels"]
+__all__ = ["add_half", "add_tiles", "cut_tiles", "load_kernels"]
 
 
 @nb.njit(cache=True, nogil=True)
-def add_tile(output: Any, rows: Any, columns: Any, floor: Any, blended: Any, plane: int, top: int, left: int) -> None:
-    """Add ``(values * rows) * columns`` of a tile to the blend, in float32 and in this order.
+def cut_tiles(pixels: Any, places: Any, tiles: Any) -> None:
+    """Copy squares out of planes.
 
     Parameters
     ----------
-    output : array of float32, shape (3, b, b)
+    pixels : array of float32, shape (channels, planes, h, w)
+        In C order.
+    places : array of int64, shape (n, 3)
+        Plane, top and left of each.
+    tiles : array of float32, shape (n, channels or more, b, b)
+        Is filled; further channels stay as they are.
+    """
+    side = tiles.shape[3]
+    for k in range(places.shape[0]):
+        plane, top, left = places[k]
+        for c in range(pixels.shape[0]):
+            for i in range(side):
+                tiles[k, c, i] = pixels[c, plane, top + i, left : left + side]
+
+
+@nb.njit(cache=True, nogil=True)
+def add_tiles(outputs: Any, places: Any, rows: Any, columns: Any, floor: Any, blended: Any) -> None:
+    """Add ``(values * rows) * columns`` of tiles to the blend, in float32 and in this order.
+
+    Parameters
+    ----------
+    outputs : array of float32, shape (n, 3, b, b)
         Flow along both axes, and the cell logit, of which what rises above the floor counts.
-    rows, columns : array of float32, shape (b,)
+    places : array of int64, shape (n, 3)
+        Where each lies in the blend: plane, top and left.
+    rows, columns : array of float32, shape (n, b)
         Weights along both axes.
     floor : float32
     blended : array of float32, shape (3, planes, h, w)
         Is added to, in C order.
-    plane, top, left : int
-        Where the tile lies in it.
     """
-    last = output.shape[0] - 1
-    for c in range(last + 1):
-        for i in range(rows.size):
-            values, share, into = output[c, i], rows[i], blended[c, plane, top + i, left : left + columns.size]
-            if c < last:
-                for j in range(columns.size):
-                    into[j] += values[j] * share * columns[j]
-            else:
-                for j in range(columns.size):
-                    value = floor if values[j] < floor else values[j]
-                    into[j] += (value - floor) * share * columns[j]
+    last, side = outputs.shape[1] - 1, outputs.shape[3]
+    for k in range(places.shape[0]):
+        plane, top, left = places[k]
+        across = columns[k]
+        for c in range(last + 1):
+            for i in range(side):
+                values, share, into = outputs[k, c, i], rows[k, i], blended[c, plane, top + i, left : left + side]
+                if c < last:
+                    for j in range(side):
+                        into[j] += values[j] * share * across[j]
+                else:
+                    for j in range(side):
+                        value = floor if values[j] < floor else values[j]
+                        into[j] += (value - floor) * share * across[j]
 
 
 def add_half(piece: npt.NDArray[np.float16], values: npt.NDArray[np.float32], plane: int, top: int, left: int) -> None:
@@ -82,5 +109,7 @@ def load_kernels() -> None:
     tile, share, first = np.zeros((3, 1, 1), np.float32), np.zeros(1, np.float32), np.zeros(1, np.int64)
     for axis in (1, 2):
         lerp(tile, axis, first, share)
-    add_tile(tile, share, share, np.float32(0), tile[:, None], 0, 0, 0)
+    place, weights = np.zeros((1, 3), np.int64), np.zeros((1, 1), np.float32)
+    cut_tiles(tile[:, None], place, tile[None])
+    add_tiles(tile[None], place, weights, weights, np.float32(0), tile[:, None])
     add_half(tile.astype(np.float16), tile, 0, 0, 0)

@@ -16,13 +16,14 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .blend import add_tile
+from .blend import add_tiles, cut_tiles, load_kernels
 from .cluster import Executor, peak_memory
 from .cores import CORES
 from .frames import frame_region
@@ -30,6 +31,7 @@ from .grid import Index, Lattice, Region, enclosing, region_shape, region_text, 
 from .job import CELLPROB_FLOOR, N_OUTPUTS, Job, Sheet
 from .meters import meter, metered, note
 from .networks.batches import shortage_text
+from .networks.models import Model
 from .networks.runner import as_float16, load_network
 from .progress import Progress
 from .reach import Reach
@@ -37,11 +39,22 @@ from .store import Store
 from .tasks import Tasks
 from .working import pixels_to_read, read_tile
 
-__all__ = ["PIXELS_AT_ONCE", "compute_chunk", "group_shape", "n_inexact_tiles", "process_block", "run", "tasks_of"]
+__all__ = [
+    "PIXELS_AT_ONCE",
+    "begin_loading",
+    "compute_chunk",
+    "group_shape",
+    "n_inexact_tiles",
+    "process_block",
+    "run",
+    "tasks_of",
+]
 
 logger = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
+Batch = tuple[list[Index], FloatArray]
+"""Tiles, and what the network gives for them, shape (n, 3, b, b)."""
 
 PIXELS_AT_ONCE = 2**22
 """Of a level of the image, times inputs, that are read at once for some tiles of a chunk."""
@@ -51,14 +64,23 @@ SHORTAGE = "shortage.json"
 """What there is to say of batches that were halved."""
 
 
+def begin_loading(model: Model, device: str) -> None:
+    """Load network and kernels beside what else this process does; what goes wrong is said to whoever needs them."""
+    loader = ThreadPoolExecutor(1, "tiledseg-load")
+    loader.submit(load_network, model, device)
+    loader.submit(load_kernels)
+    loader.shutdown(wait=False)
+
+
 @metered("blend")
-def process_block(outputs: dict[Index, FloatArray], lattice: Lattice, piece: Region) -> npt.NDArray[np.float16]:
+def process_block(outputs: Iterable[Batch], lattice: Lattice, piece: Region) -> npt.NDArray[np.float16]:
     """Blend the network's output on some tiles.
 
     Parameters
     ----------
-    outputs : dict of tile index to array of float32, shape (3, b, b)
-        Unit flow along both axes of the tile's plane and cell logit; tiles left out count as background.
+    outputs : iterable of (list of tile index, array of float32, shape (n, 3, b, b))
+        Tiles in raster order of each plane, and for each the unit flow along both axes of its plane and the cell
+        logit; tiles left out count as background.
     lattice : Lattice
         The lattice the tiles belong to.
     piece : tuple of slice
@@ -73,14 +95,21 @@ def process_block(outputs: dict[Index, FloatArray], lattice: Lattice, piece: Reg
     # Planes lie one after the other, whichever axis is across them.
     n_planes = 1 if thin is None else region_shape(piece)[thin]
     blended = np.zeros((N_OUTPUTS, n_planes, *lattice.along_plane(region_shape(piece))), np.float32)
-    for tile in sorted(outputs):
-        where = tuple(part.start for part in shift(lattice.tile_region(tile), tuple(p.start for p in piece)))
-        rows, columns = lattice.along_plane(lattice.weights(tile))
-        top, left = lattice.along_plane(where)
-        plane = 0 if thin is None else where[thin]
-        add_tile(outputs[tile], rows, columns, np.float32(CELLPROB_FLOOR), blended, plane, top, left)
+    for tiles, found in outputs:
+        weights = [lattice.along_plane(lattice.weights(tile)) for tile in tiles]
+        rows, columns = (np.stack(of) for of in zip(*weights, strict=True))
+        add_tiles(found, _places(lattice, tiles, piece), rows, columns, np.float32(CELLPROB_FLOOR), blended)
     halved = as_float16(blended)
     return halved[:, 0] if thin is None else np.moveaxis(halved, 1, 1 + thin)
+
+
+def _places(lattice: Lattice, tiles: Sequence[Index], region: Region) -> npt.NDArray[np.int64]:
+    """Plane, top and left of some tiles in a region, shape (n, 3)."""
+    origin, places = tuple(p.start for p in region), []
+    for tile in tiles:
+        corner = tuple(p.start for p in shift(lattice.tile_region(tile), origin))
+        places.append((0 if lattice.thin is None else corner[lattice.thin], *lattice.along_plane(corner)))
+    return np.array(places, np.int64)
 
 
 def compute_chunk(number: int, job: Job) -> dict[str, Any]:
@@ -96,8 +125,11 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
     piece = np.zeros((N_OUTPUTS, *lattice.piece_shape), np.float16)
     for group in _groups(lattice, wanted) if wanted else ():
         part = _planes_of(lattice, whole, group)
-        outputs = _predict(job, sheet, frame, group)
-        piece[(slice(None), *shift(part, tuple(p.start for p in whole)))] = process_block(outputs, lattice, part)
+        blended = process_block(list(_predict(job, sheet, frame, group)), lattice, part)
+        if part == whole:
+            piece = blended
+        else:
+            piece[(slice(None), *shift(part, tuple(p.start for p in whole)))] = blended
     with meter("write"):
         job.store.open(sheet.name)[index] = piece
     note("n_tiles", len(wanted))
@@ -138,42 +170,41 @@ def _planes_of(lattice: Lattice, piece: Region, tiles: list[Index]) -> Region:
     return tuple(here if axis == lattice.thin else p for axis, p in enumerate(piece))
 
 
-def _predict(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> dict[Index, FloatArray]:
-    """The network's output on some tiles."""
+def _predict(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> Iterator[Batch]:
+    """The network's output on some tiles, batch by batch."""
     lattice, model = sheet.lattice, job.model
     network = load_network(model, job.device)
-    read = _reader(job, sheet, frame, tiles)
+    fill = _reader(job, sheet, frame, tiles)
     is_mirrored = job.settings.flows.augment
 
     def start(batch: list[Index]) -> Callable[[], tuple[FloatArray, FloatArray]]:
         inputs = np.zeros((len(batch), model.n_channels, lattice.tile, lattice.tile), np.float32)
-        for values, tile in zip(inputs, batch, strict=True):
-            shown = read(lattice.tile_region(tile)).reshape(-1, lattice.tile, lattice.tile)
-            values[: len(shown)] = _mirrored(shown, lattice.along_plane(tile)) if is_mirrored else shown
+        fill(batch, inputs)
+        if is_mirrored:
+            _mirror(inputs, batch, lattice)
         return network.start(inputs)
 
     batches = [tiles[start : start + network.batch] for start in range(0, len(tiles), network.batch)]
-    outputs: dict[Index, FloatArray] = {}
     # All batches are started before the first is waited for: a GPU computes while the next one is read.
     for batch, finish in zip(batches, CORES.run(start, batches), strict=True):
         found = finish()[0]
-        for output, tile in zip(found, batch, strict=True):
-            if is_mirrored:
-                in_plane = lattice.along_plane(tile)
-                output[:] = _mirrored(output, in_plane)
+        if is_mirrored:
+            _mirror(found, batch, lattice)
+            for output, tile in zip(found, batch, strict=True):
                 # The flow along an axis that is turned round turns with it.
-                output[[axis for axis, i in enumerate(in_plane) if i % 2]] *= -1
-            outputs[tile] = output
-    return outputs
+                output[[axis for axis, i in enumerate(lattice.along_plane(tile)) if i % 2]] *= -1
+        yield batch, found
 
 
-def _mirrored(values: FloatArray, tile: Index) -> FloatArray:
-    """Channels of a tile mirrored along the axes on which its index is odd."""
-    return np.flip(values, tuple(axis - len(tile) for axis, i in enumerate(tile) if i % 2))
+def _mirror(values: FloatArray, tiles: list[Index], lattice: Lattice) -> None:
+    """Mirror the channels of each tile along the axes on which its index is odd."""
+    for tile, of in zip(values, tiles, strict=True):
+        in_plane = lattice.along_plane(of)
+        tile[:] = np.flip(tile, tuple(axis - len(in_plane) for axis, i in enumerate(in_plane) if i % 2)).copy()
 
 
-def _reader(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> Callable[[Region], FloatArray]:
-    """Gives the normalised pixels of some tiles of a chunk, read together where that is not too much: tiles
+def _reader(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> Callable[[list[Index], FloatArray], None]:
+    """Fills in the normalised pixels of some tiles of a chunk, read together where that is not too much: tiles
     overlap, and storage chunks are larger than tiles."""
     lattice, working = sheet.lattice, job.working(sheet.moment)
     shown = job.shown(sheet.moment)
@@ -182,10 +213,15 @@ def _reader(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> Callabl
     def read(region: Region) -> FloatArray:
         return read_tile(job.image, shown, working, frame, region)
 
+    def fill_each(batch: list[Index], inputs: FloatArray) -> None:
+        for values, tile in zip(inputs, batch, strict=True):
+            values[: len(shown)] = read(lattice.tile_region(tile)).reshape(-1, lattice.tile, lattice.tile)
+
     if len(shown) * math.prod(pixels_to_read(job.image, working, region_shape(around))) > PIXELS_AT_ONCE:
-        return read
-    whole, origin = read(around), tuple(p.start for p in around)
-    return lambda region: whole[(slice(None), *shift(region, origin))]
+        return fill_each
+    whole = read(around)
+    planes = np.ascontiguousarray(whole[:, None] if lattice.thin is None else np.moveaxis(whole, 1 + lattice.thin, 1))
+    return lambda batch, inputs: cut_tiles(planes, _places(lattice, batch, around), inputs)
 
 
 def _where(job: Job, number: int) -> str:

@@ -32,6 +32,7 @@ of all tiles there, which the lattice alone decides.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -286,6 +287,24 @@ def samples_needed(coordinates: Positions, size: int) -> slice:
     return slice(int(low[0]), int(high[-1]) + 1)
 
 
+@functools.lru_cache(maxsize=64)
+def _shares(side: int, stride: int, has_before: bool, has_after: bool) -> npt.NDArray[np.float32]:
+    """Share of a tile in the blend along an axis, with or without neighbours there.
+
+    The taper is Cellpose's: a sigmoid that falls to one half 20 pixels from the tile's edge.
+    """
+    distance = np.abs(np.arange(side) - (side - 1) / 2)
+    taper = 1 / (1 + np.exp((distance - (side / 2 - 20)) / 7.5))
+    total, shared = taper.copy(), side - stride
+    if has_before:
+        total[:shared] += taper[stride:]
+    if has_after:
+        total[stride:] += taper[:shared]
+    shares: npt.NDArray[np.float32] = (taper / total).astype(np.float32)
+    shares.flags.writeable = False
+    return shares
+
+
 @dataclass(frozen=True)
 class Lattice:
     """Fixed positions of the network's tiles on the working grid.
@@ -400,22 +419,11 @@ class Lattice:
         return list(itertools.product(*ranges))
 
     def weights(self, index: Index) -> list[npt.NDArray[np.float32]]:
-        """Per axis, the share of this tile in the blend of all tiles over its pixels.
-
-        The taper is Cellpose's: a sigmoid that falls to one half 20 pixels from the tile's edge.
-        """
-        distance = np.abs(np.arange(self.tile) - (self.tile - 1) / 2)
-        taper = 1 / (1 + np.exp((distance - (self.tile / 2 - 20)) / 7.5))
+        """Per axis, the share of this tile in the blend of all tiles over its pixels; not to be changed."""
         shares = []
         for axis, (i, count) in enumerate(zip(index, self.counts, strict=True)):
             if axis == self.thin:
                 shares.append(np.ones(1, np.float32))
-                continue
-            total = taper.copy()
-            shared = self.tile - self.stride
-            if i > 0:
-                total[:shared] += taper[self.stride :]
-            if i < count - 1:
-                total[self.stride :] += taper[:shared]
-            shares.append((taper / total).astype(np.float32))
+            else:
+                shares.append(_shares(self.tile, self.stride, i > 0, i < count - 1))
         return shares

@@ -33,7 +33,7 @@ from .job import Diameter, Estimate, Job, Surveyed, grid_of
 from .ledger import Ledger
 from .live import told
 from .networks.models import Model
-from .networks.runner import begin_loading, computes_in_bfloat16, precision_of, torch_threads_kept
+from .networks.runner import computes_in_bfloat16, precision_of, torch_threads_kept
 from .omezarr import labels_exist, level_array
 from .opening import Part, check_geometry, in_precision, labeller_of, model_of, part_of
 from .pictures import histogram
@@ -360,7 +360,7 @@ def _run(
     place, image = preflight.place, job.image
     job = dataclasses.replace(job, image=image.for_a_run())
     if job.segmenter is None and not job.store.done("flows"):
-        executor.ask(functools.partial(begin_loading, job.model, job.device))
+        executor.ask(functools.partial(flows.begin_loading, job.model, job.device))
     with torch_threads_kept(), _kernels(job, executor) as are_ready:
         job = dataclasses.replace(job, table=place.table, plan=place.plan)
         if job.segmenter is None:

@@ -51,7 +51,7 @@ def fill(job: Job, sheet: Sheet, values: npt.NDArray[np.float32]) -> None:
     array = job.store.open(sheet.name)
     everything = tuple(slice(0, n) for n in lattice.shape)
     for chunk in lattice.chunks():
-        outputs = {}
+        outputs = []
         for tile in lattice.tiles_of(chunk):
             region = lattice.tile_region(tile)
             inside = overlap(region, everything)
@@ -60,7 +60,7 @@ def fill(job: Job, sheet: Sheet, values: npt.NDArray[np.float32]) -> None:
                 here = shift(inside, tuple(p.start for p in region))
                 for target, component in zip(filled, (*sheet.planes, -1), strict=True):
                     target[here] = values[component][inside] / 2
-            outputs[tile] = filled.reshape(3, lattice.tile, lattice.tile)
+            outputs.append(([tile], filled.reshape(1, 3, lattice.tile, lattice.tile)))
         array[chunk] = flows.process_block(outputs, lattice, lattice.piece_region(chunk))
 
 

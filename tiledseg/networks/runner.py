@@ -13,7 +13,6 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,6 @@ from .unet import fuse_for_cpu, prepare_to_predict, read_state, unet_of
 __all__ = [
     "Network",
     "as_float16",
-    "begin_loading",
     "computes_in_bfloat16",
     "forget_networks",
     "load_network",
@@ -168,13 +166,6 @@ def load_network(model: Model, device: str) -> Network:
 @functools.lru_cache(maxsize=4)
 def _load(model: Model, device: str) -> Network:
     return Network(model, device)
-
-
-def begin_loading(model: Model, device: str) -> None:
-    """Load a network beside what else this process does; what goes wrong is said to whoever needs it."""
-    loader = ThreadPoolExecutor(1, "tiledseg-load")
-    loader.submit(load_network, model, device)
-    loader.shutdown(wait=False)
 
 
 def forget_networks() -> None:
