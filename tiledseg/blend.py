@@ -13,7 +13,14 @@ import numpy.typing as npt
 
 from .lerp import lerp
 
-__all__ = ["add_half", "add_tiles", "cut_tiles", "load_kernels"]
+__all__ = ["add_half", "add_tiles", "cleared", "cut_tiles", "load_kernels"]
+
+
+def cleared(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+    """What `numpy.zeros` gives, which keeps Python's lock while it clears memory that was used before."""
+    values = np.empty(shape, dtype)
+    values[...] = 0
+    return values
 
 
 @nb.njit(cache=True, nogil=True)

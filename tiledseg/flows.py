@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .blend import add_tiles, cut_tiles, load_kernels
+from .blend import add_tiles, cleared, cut_tiles, load_kernels
 from .cluster import Executor, peak_memory
 from .cores import CORES
 from .frames import frame_region
@@ -94,7 +94,7 @@ def process_block(outputs: Iterable[Batch], lattice: Lattice, piece: Region) -> 
     thin = lattice.thin
     # Planes lie one after the other, whichever axis is across them.
     n_planes = 1 if thin is None else region_shape(piece)[thin]
-    blended = np.zeros((N_OUTPUTS, n_planes, *lattice.along_plane(region_shape(piece))), np.float32)
+    blended = cleared((N_OUTPUTS, n_planes, *lattice.along_plane(region_shape(piece))))
     for tiles, found in outputs:
         weights = [lattice.along_plane(lattice.weights(tile)) for tile in tiles]
         rows, columns = (np.stack(of) for of in zip(*weights, strict=True))
@@ -121,17 +121,18 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
     in_image = [working.region_in_image(lattice.tile_region(tile)) for tile in tiles]
     seen = job.may_hold_cells([frame_region(frame, region) for region in in_image])
     wanted = list(itertools.compress(tiles, seen))
-    whole = lattice.piece_region(chunk)
-    piece = np.zeros((N_OUTPUTS, *lattice.piece_shape), np.float16)
+    whole, shape = lattice.piece_region(chunk), (N_OUTPUTS, *lattice.piece_shape)
+    piece: npt.NDArray[np.float16] | None = None
     for group in _groups(lattice, wanted) if wanted else ():
         part = _planes_of(lattice, whole, group)
         blended = process_block(list(_predict(job, sheet, frame, group)), lattice, part)
         if part == whole:
             piece = blended
         else:
+            piece = cleared(shape, np.float16) if piece is None else piece
             piece[(slice(None), *shift(part, tuple(p.start for p in whole)))] = blended
     with meter("write"):
-        job.store.open(sheet.name)[index] = piece
+        job.store.open(sheet.name)[index] = cleared(shape, np.float16) if piece is None else piece
     note("n_tiles", len(wanted))
     note("n_skipped_tiles", len(tiles) - len(wanted))
     shortage = load_network(job.model, job.device).shortage if wanted else None
@@ -178,7 +179,7 @@ def _predict(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> Iterat
     is_mirrored = job.settings.flows.augment
 
     def start(batch: list[Index]) -> Callable[[], tuple[FloatArray, FloatArray]]:
-        inputs = np.zeros((len(batch), model.n_channels, lattice.tile, lattice.tile), np.float32)
+        inputs = cleared((len(batch), model.n_channels, lattice.tile, lattice.tile))
         fill(batch, inputs)
         if is_mirrored:
             _mirror(inputs, batch, lattice)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .blend import add_half
+from .blend import add_half, cleared
 from .cluster import Executor, peak_memory
 from .config import MasksConfig
 from .cores import CORES
@@ -77,7 +77,7 @@ def read_flows(job: Job, frame: Index, region: Region) -> FloatArray:
         Flow per axis, of unit length in a picture, and cell logit.
     """
     moment = job.moment_of(frame)
-    values = np.zeros((len(region) + 1, *region_shape(region)), np.float32)
+    values: FloatArray = cleared((len(region) + 1, *region_shape(region)))
     sheets = [sheet for sheet in job.sheets if sheet.moment == moment]
     for sheet in sheets:
         flows, lattice = job.store.open(sheet.name), sheet.lattice

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .blend import cleared
 from .frames import frame_region, label_shape, level_geometry
 from .grid import Index, Region, WorkingGrid, interpolate, linear_weights
 from .images import Image
@@ -77,7 +78,7 @@ def read_tile(
     -------
     values : array of float32, shape (inputs, *region)
     """
-    result = np.zeros((len(shown), *(p.stop - p.start for p in region)), np.float32)
+    result: FloatArray = cleared((len(shown), *(p.stop - p.start for p in region)))
     inside = tuple(slice(max(p.start, 0), min(p.stop, n)) for p, n in zip(region, grid.shape, strict=True))
     if any(p.start >= p.stop for p in inside):
         return result
