@@ -5,6 +5,7 @@ There is no GPU here. What counts is what workers are told of one: the environme
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -231,6 +232,27 @@ def failing(item: int) -> int:
     if item == 3:
         raise ArithmeticError(item)
     return item
+
+
+class _Torn:
+    """Leaves a file when Python takes apart what there is."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file, self._open = folder / "torn", open
+
+    def __del__(self) -> None:
+        self._open(self._file, "w").close()
+
+
+def _leave_traces(_: int, folder: str) -> None:
+    atexit.register((Path(folder) / "ended").touch)
+    globals()["_kept"] = _Torn(Path(folder))
+
+
+def test_a_worker_made_here_ends_without_taking_apart_what_it_loaded(tmp_path: Path) -> None:
+    with connect(workers=1) as executor:
+        list(executor.stream(_leave_traces, [0], str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["ended"]
 
 
 class _Sent:
