@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tiledseg"
 
 ROWS = [
-    {"addresses", "bars", "displayed", "errors", "meters", "waiting", "images.units"},
+    {"addresses", "bars", "displayed", "ending", "errors", "meters", "waiting", "images.units"},
     {"disk", "images.damage", "images.display", "images.recent"},
     {"folders", "lock"},
     {

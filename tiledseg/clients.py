@@ -9,13 +9,13 @@ import atexit
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .claims import VARIABLE
+from .ending import end_process
 from .errors import ClusterError, SettingsError
 from .machine import n_cores, usable_gpus
 from .malloc import sharing_environment
@@ -147,14 +147,8 @@ def local_client(processes: list[Process]) -> Iterator[Any]:
 
 
 def _end_at_once() -> None:
-    """In a worker: end when all is done, without taking apart what was loaded, which takes torch up to a second."""
-    atexit.register(_end)  # what others register later is done before
-
-
-def _end() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    """In a worker: have it end so, see `ending`."""
+    atexit.register(end_process)  # what others register later is done before
 
 
 def certificates(ca: str | None, cert: str | None, key: str | None) -> Any:

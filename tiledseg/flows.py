@@ -125,7 +125,7 @@ def compute_chunk(number: int, job: Job) -> dict[str, Any]:
     piece: npt.NDArray[np.float16] | None = None
     for group in _groups(lattice, wanted) if wanted else ():
         part = _planes_of(lattice, whole, group)
-        blended = process_block(list(_predict(job, sheet, frame, group)), lattice, part)
+        blended = process_block(_predict(job, sheet, frame, group), lattice, part)
         if part == whole:
             piece = blended
         else:
@@ -171,7 +171,7 @@ def _planes_of(lattice: Lattice, piece: Region, tiles: list[Index]) -> Region:
     return tuple(here if axis == lattice.thin else p for axis, p in enumerate(piece))
 
 
-def _predict(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> Iterator[Batch]:
+def _predict(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> list[Batch]:
     """The network's output on some tiles, batch by batch."""
     lattice, model = sheet.lattice, job.model
     network = load_network(model, job.device)
@@ -186,6 +186,7 @@ def _predict(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> Iterat
         return network.start(inputs)
 
     batches = [tiles[start : start + network.batch] for start in range(0, len(tiles), network.batch)]
+    outputs = []
     # All batches are started before the first is waited for: a GPU computes while the next one is read.
     for batch, finish in zip(batches, CORES.run(start, batches), strict=True):
         found = finish()[0]
@@ -194,7 +195,8 @@ def _predict(job: Job, sheet: Sheet, frame: Index, tiles: list[Index]) -> Iterat
             for output, tile in zip(found, batch, strict=True):
                 # The flow along an axis that is turned round turns with it.
                 output[[axis for axis, i in enumerate(lattice.along_plane(tile)) if i % 2]] *= -1
-        yield batch, found
+        outputs.append((batch, found))
+    return outputs
 
 
 def _mirror(values: FloatArray, tiles: list[Index], lattice: Lattice) -> None:

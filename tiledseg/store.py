@@ -220,7 +220,7 @@ class DiskStore:
 
     def write_chunk(self, name: str, parts: Iterable[bytes]) -> None:
         """Write the file of a chunk of an array."""
-        write_whole(self.path / name, lambda file: file.writelines(parts), self._home, self._drafts)
+        self._write(self.path / name, lambda file: file.writelines(parts))
 
     def _write(self, path: Path, write: Callable[[Any], object]) -> None:
         """Write a file that lasts; it is there completely or not at all."""

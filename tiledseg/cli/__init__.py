@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from ..addresses import without_credentials
+from ..ending import end_process
 from ..errors import TiledsegError
 from ..malloc import share_freed_memory
 from .commands import COMMANDS
@@ -45,10 +46,7 @@ def command_line() -> NoReturn:
             raise
         code = asked.code or 0  # of argparse, which has said why
     atexit._run_exitfuncs()
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+    end_process(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
